@@ -1,0 +1,45 @@
+"""Every SBKERNELS_* environment variable: parsed here and nowhere else, strictly, at each use."""
+
+from __future__ import annotations
+
+import os
+
+BACKEND = "SBKERNELS_BACKEND"
+WORKSPACE = "SBKERNELS_WORKSPACE"
+CHECK_SEQLENS = "SBKERNELS_CHECK_SEQLENS"
+
+DEFAULT_WORKSPACE = 256 * 2**20
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+# name -> (what it does, default in words); the README's table and `sbk info` print this.
+VARIABLES = {
+    BACKEND: ("backend of calls that name none: a registered name, or auto", "auto"),
+    WORKSPACE: ("most bytes a backward may take for scratch, such as 268435456, 256MiB or 1GiB", "256MiB"),
+    CHECK_SEQLENS: ("1: read cu_seqlens back and check it in each varlen call; 0: trust it (CUDA graph capture)", "1"),
+}
+
+
+def backend() -> str | None:
+    """The backend SBKERNELS_BACKEND names; None for unset, empty or auto."""
+    value = os.environ.get(BACKEND, "").strip()
+    return None if value in ("", "auto") else value
+
+
+def workspace() -> int:
+    """Bytes a backward may take for scratch. ValueError if SBKERNELS_WORKSPACE is not a size."""
+    value = os.environ.get(WORKSPACE, "").strip()
+    if not value:
+        return DEFAULT_WORKSPACE
+    digits = value.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = value[len(digits) :].strip().upper()
+    if not digits.isdigit() or int(digits) == 0 or unit not in _UNITS:
+        raise ValueError(f"{WORKSPACE}={value!r} is not a size: expected a positive number of bytes, KiB, MiB or GiB")
+    return int(digits) * _UNITS[unit]
+
+
+def check_seqlens() -> bool:
+    """Whether varlen calls read cu_seqlens back to the host and check it."""
+    value = os.environ.get(CHECK_SEQLENS, "").strip() or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"{CHECK_SEQLENS}={value!r} is neither 0 nor 1")
+    return value == "1"

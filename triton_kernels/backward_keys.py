@@ -1,0 +1,134 @@
+"""Backward of stick-breaking attention, second of two kernels: dk and dv. Equations (8) to (10).
+
+    grid    [UNITS * key tiles]: one program per (batch, key head, key tile), over all query heads of the group and all query
+            blocks of the chunk that visit the tile; no two programs write the same place
+    tensors, stats, state and chunks as in backward_queries.py, which has filled state and block_oldest
+    dk_sum, dv_sum   [UNITS, N, D or DV] float32: carry the sums over the chunks of rows where one is not enough
+
+Query rows are in their natural order; keys are permuted within the tile (step.py) and leave through the same offsets.
+"""
+
+import triton
+import triton.language as tl
+
+from .step import from_runs, key_offsets, logit_gradient, weights
+from .tiles import at_row, load_rows, logits, sequence, store_rows
+
+OLDEST_AT_ONCE = tl.constexpr(1024)  # entries of block_oldest read at a time
+
+
+@triton.jit
+def last_visitor(block_oldest_ptr, blocks, tile):
+    """1 + index of the last query block that visits the key tile, 0 if none does."""
+    last = 0
+    for first in range(0, blocks, OLDEST_AT_ONCE):
+        i = first + tl.arange(0, OLDEST_AT_ONCE)
+        oldest = tl.load(block_oldest_ptr + i, mask=i < blocks, other=2147483647)
+        last = tl.maximum(last, tl.max(tl.where(oldest <= tile, i + 1, 0), 0))
+    return last
+
+
+@triton.jit
+def gather_rows(
+    k, v, q_ptr, dout_ptr, start_ptr, sum_ptr, block_oldest_ptr, tile, block_lo, block_hi, row_begin, first_end, M,
+    scale_log2, gradients,
+    q_stride_m: tl.constexpr, dout_stride_m: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    EVEN_M: tl.constexpr, MASKED: tl.constexpr, SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
+):  # fmt: skip
+    """Visit query blocks block_lo to block_hi - 1 of the chunk; row m of the sequence sees keys below first_end + m."""
+    dk, dv = gradients
+    offsets = key_offsets(BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    one = tl.where(M > 0, 1.0, 2.0)
+    for block in range(block_lo, block_hi):
+        chunk_row = block * BLOCK_M
+        m_begin = row_begin + chunk_row
+        q = load_rows(at_row(q_ptr, m_begin, q_stride_m), rows, q_stride_m, M - m_begin, D, BLOCK_D, not EVEN_M)
+        dout = load_rows(at_row(dout_ptr, m_begin, dout_stride_m), rows, dout_stride_m, M - m_begin, DV, BLOCK_DV, not EVEN_M)
+        visits = (rows < M - m_begin) & (tl.load(block_oldest_ptr + block) <= tile if SKIP else True)
+        start = tl.load(start_ptr + chunk_row + rows, mask=visits, other=float("inf") if LOG_SPACE else 0.0)
+        older_sum = tl.load(sum_ptr + chunk_row + rows, mask=visits, other=0.0)
+        s = logits(q, k, scale_log2, tile * BLOCK_N, offsets, first_end + m_begin + rows, MASKED)
+        A, e, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        dv = tl.dot(tl.trans(dout), from_runs(A, BLOCK_M, BLOCK_N).to(dout.dtype), dv)
+        dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
+        dz, older_sum = logit_gradient(A, e, dA, older_sum, one, BLOCK_M, BLOCK_N, LOG_SPACE)
+        dk = tl.dot(tl.trans(q), dz.to(q.dtype), dk)
+    return dk, dv
+
+
+@triton.jit
+def backward_keys_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, cu_seqlens_ptr, dk_ptr, dv_ptr, dk_sum_ptr, dv_sum_ptr,
+    start_ptr, sum_ptr, block_oldest_ptr,
+    scale, scale_log2, H, M, N, unit_begin, row_begin, chunk_rows, key_tiles,
+    q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h, dout_stride_b, dout_stride_h,
+    dk_stride_b, dk_stride_h, dv_stride_b, dv_stride_h,
+    q_stride_m: tl.constexpr, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, dout_stride_m: tl.constexpr,
+    dk_stride_n: tl.constexpr, dv_stride_n: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
+    EVEN_M: tl.constexpr, FIRST_ROWS: tl.constexpr, LAST_ROWS: tl.constexpr, SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    unit = pid // key_tiles
+    tile = pid % key_tiles
+    key_heads = H // GROUP
+    b = ((unit_begin + unit) // key_heads).to(tl.int64)
+    h = ((unit_begin + unit) % key_heads).to(tl.int64)
+    token, sequence_M, sequence_N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
+    begin = tile * BLOCK_N
+    if begin >= sequence_N:
+        return
+    batch = 0 if VARLEN else b
+    q_ptr += batch * q_stride_b + token * q_stride_m
+    dout_ptr += batch * dout_stride_b + token * dout_stride_m
+    k_ptr += batch * k_stride_b + h * k_stride_h + (token + begin) * k_stride_n
+    v_ptr += batch * v_stride_b + h * v_stride_h + (token + begin) * v_stride_n
+    sum_row = unit.to(tl.int64) * N + begin
+
+    offsets = key_offsets(BLOCK_N)
+    keys_left = sequence_N - begin
+    k = load_rows(k_ptr, offsets, k_stride_n, keys_left, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(v_ptr, offsets, v_stride_n, keys_left, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+    if FIRST_ROWS:
+        gradients = (tl.zeros([BLOCK_D, BLOCK_N], tl.float32), tl.zeros([BLOCK_DV, BLOCK_N], tl.float32))
+    else:
+        gradients = (
+            tl.trans(load_rows(dk_sum_ptr + sum_row * D, offsets, D, keys_left, D, BLOCK_D, True)),
+            tl.trans(load_rows(dv_sum_ptr + sum_row * DV, offsets, DV, keys_left, DV, BLOCK_DV, True)),
+        )
+
+    # Row m sees the tile's first key from m = begin - first_end + 1 on, and all of it from m = begin + BLOCK_N - first_end on.
+    first_end = sequence_N - sequence_M + (1 if ATTEND_CURRENT else 0)
+    chunk_M = tl.minimum(sequence_M - row_begin, chunk_rows)
+    blocks = tl.cdiv(tl.maximum(chunk_M, 0), BLOCK_M)
+    block_first = tl.maximum(begin - first_end + 1 - row_begin, 0) // BLOCK_M
+    block_full = tl.cdiv(tl.maximum(begin + BLOCK_N - first_end - row_begin, 0), BLOCK_M)
+    chunk_blocks = tl.cdiv(chunk_rows, BLOCK_M)
+    for g in range(GROUP):
+        head = h * GROUP + g
+        chunk_head = (unit * GROUP + g).to(tl.int64)
+        oldest_ptr = block_oldest_ptr + chunk_head * chunk_blocks
+        blocks_end = last_visitor(oldest_ptr, blocks, tile) if SKIP else blocks
+        state = (chunk_head * key_tiles + tile) * chunk_rows
+        gradients = gather_rows(
+            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, start_ptr + state, sum_ptr + state, oldest_ptr,
+            tile, block_first, tl.minimum(block_full, blocks_end), row_begin, first_end, sequence_M, scale_log2, gradients,
+            q_stride_m, dout_stride_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, True, SKIP, LOG_SPACE,
+        )  # fmt: skip
+        gradients = gather_rows(
+            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, start_ptr + state, sum_ptr + state, oldest_ptr,
+            tile, tl.maximum(block_full, block_first), blocks_end, row_begin, first_end, sequence_M, scale_log2, gradients,
+            q_stride_m, dout_stride_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, False, SKIP, LOG_SPACE,
+        )  # fmt: skip
+    dk, dv = tl.trans(gradients[0]), tl.trans(gradients[1])
+    if LAST_ROWS:
+        dk_ptr += batch * dk_stride_b + h * dk_stride_h + (token + begin) * dk_stride_n
+        dv_ptr += batch * dv_stride_b + h * dv_stride_h + (token + begin) * dv_stride_n
+        store_rows(dk_ptr, dk * scale, offsets, dk_stride_n, keys_left, D, BLOCK_D)
+        store_rows(dv_ptr, dv, offsets, dv_stride_n, keys_left, DV, BLOCK_DV)
+    else:
+        store_rows(dk_sum_ptr + sum_row * D, dk, offsets, D, keys_left, D, BLOCK_D)
+        store_rows(dv_sum_ptr + sum_row * DV, dv, offsets, DV, keys_left, DV, BLOCK_DV)

@@ -1,0 +1,110 @@
+"""Backward of stick-breaking attention, first of two kernels: dq, and the state the second one needs. Equations (8) to (10).
+
+    grid    [heads of the chunk * query blocks of the chunk]: one program per (batch, head, query block)
+    q, dout, dq      [B, H, M, D or DV]      k, v      [B, H / GROUP, N, D or DV]      any strides, last one 1
+    stats   [B, H, M]: remainder, oldest_tile, log2_oldest from the forward, dremainder from the caller
+    state   start and older_sum, each [heads of the chunk, key tiles, rows of the chunk]: for each row, on entry of each key
+            tile, what its scan starts from and dr r + sum of a over the older tiles
+    block_oldest     [heads of the chunk, query blocks of the chunk]: the oldest key tile the block visits
+
+Walks from the oldest visited key tile to the newest, against the forward: the inner sum of eq. (9) runs that way, and the stick
+follows from the log2 the forward saved. A chunk is UNITS (batch, key head) pairs times chunk_rows query rows of each.
+"""
+
+import triton
+import triton.language as tl
+
+from .step import chain_entry, key_offsets, logit_gradient, scan_start, weights
+from .tiles import at_row, load_rows, logits, sequence, store_rows
+
+
+@triton.jit
+def gather_tiles(
+    q, dout, k_ptr, v_ptr, start_ptr, sum_ptr, tile_lo, tile_hi, row_end, N, scale_log2, oldest_tile, log2_oldest, state,
+    chunk_rows, in_range, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, LOG_SPACE: tl.constexpr,
+):  # fmt: skip
+    """Visit key tiles tile_lo to tile_hi - 1; row_end [BLOCK_M] is each row's first invisible key."""
+    dq, log2_stick, older_sum = state
+    offsets = key_offsets(BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    one = tl.where(N > 0, 1.0, 2.0)
+    for tile in range(tile_lo, tile_hi):
+        begin = tile * BLOCK_N
+        k = load_rows(at_row(k_ptr, begin, k_stride_n), offsets, k_stride_n, N - begin, D, BLOCK_D, MASKED)
+        v = load_rows(at_row(v_ptr, begin, v_stride_n), offsets, v_stride_n, N - begin, DV, BLOCK_DV, MASKED)
+        s = logits(q, k, scale_log2, begin, offsets, row_end, MASKED)
+        dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
+        chain = (log2_stick, log2_oldest, tile - oldest_tile, begin + BLOCK_N >= row_end)
+        A, e, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
+        log2_stick = chain_entry(total, chain, LOG_SPACE)
+        tl.store(at_row(start_ptr, tile, chunk_rows) + rows, scan_start(log2_stick, LOG_SPACE), mask=in_range)
+        tl.store(at_row(sum_ptr, tile, chunk_rows) + rows, older_sum, mask=in_range)
+        dz, older_sum = logit_gradient(A, e, dA, older_sum, one, BLOCK_M, BLOCK_N, LOG_SPACE)
+        dq = tl.dot(dz.to(k.dtype), k, dq)
+    return dq, log2_stick, older_sum
+
+
+@triton.jit
+def backward_queries_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, dremainder_ptr, remainder_ptr, oldest_tile_ptr, log2_oldest_ptr, cu_seqlens_ptr,
+    dq_ptr, start_ptr, sum_ptr, block_oldest_ptr,
+    scale, scale_log2, H, M, N, unit_begin, row_begin, chunk_rows, key_tiles,
+    q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h, dout_stride_b, dout_stride_h,
+    dq_stride_b, dq_stride_h, stat_stride_b, stat_stride_h,
+    q_stride_m: tl.constexpr, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, dout_stride_m: tl.constexpr,
+    dq_stride_m: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
+    SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
+):  # fmt: skip
+    chunk_blocks = tl.cdiv(chunk_rows, BLOCK_M)
+    pid = tl.program_id(0)
+    chunk_head = pid // chunk_blocks
+    chunk_block = chunk_blocks - 1 - pid % chunk_blocks
+    head = unit_begin * GROUP + chunk_head
+    b = (head // H).to(tl.int64)
+    h = (head % H).to(tl.int64)
+    token, M, N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
+    m_begin = row_begin + chunk_block * BLOCK_M
+    block_oldest_ptr += pid // chunk_blocks * chunk_blocks + chunk_block
+    if m_begin >= M:
+        return
+    batch = 0 if VARLEN else b
+    q_ptr += batch * q_stride_b + h * q_stride_h + (token + m_begin) * q_stride_m
+    k_ptr += batch * k_stride_b + h // GROUP * k_stride_h + token * k_stride_n
+    v_ptr += batch * v_stride_b + h // GROUP * v_stride_h + token * v_stride_n
+    dout_ptr += batch * dout_stride_b + h * dout_stride_h + (token + m_begin) * dout_stride_m
+    dq_ptr += batch * dq_stride_b + h * dq_stride_h + (token + m_begin) * dq_stride_m
+    stat = batch * stat_stride_b + h * stat_stride_h + token + m_begin
+    state = chunk_head.to(tl.int64) * key_tiles * chunk_rows + chunk_block * BLOCK_M
+
+    rows = tl.arange(0, BLOCK_M)
+    rows_left = M - m_begin
+    in_range = rows < rows_left
+    q = load_rows(q_ptr, rows, q_stride_m, rows_left, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    dout = load_rows(dout_ptr, rows, dout_stride_m, rows_left, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
+    first_end = N - M + m_begin + (1 if ATTEND_CURRENT else 0)  # the block's first row sees keys [0, first_end)
+    row_end = first_end + rows
+    tiles_full = first_end // BLOCK_N
+    tiles_seen = tl.cdiv(tl.minimum(first_end + BLOCK_M - 1, N), BLOCK_N)
+
+    oldest_tile = tl.load(oldest_tile_ptr + stat + rows, mask=in_range, other=tiles_seen)
+    log2_oldest = tl.load(log2_oldest_ptr + stat + rows, mask=in_range, other=0.0)
+    remainder = tl.load(remainder_ptr + stat + rows, mask=in_range, other=0.0)
+    dremainder = tl.load(dremainder_ptr + stat + rows, mask=in_range, other=0.0)
+    tile_lo = tl.min(oldest_tile, 0) if SKIP else 0
+    tl.store(block_oldest_ptr, tile_lo)
+    carried = (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32), dremainder * remainder)
+    carried = gather_tiles(
+        q, dout, k_ptr, v_ptr, start_ptr + state, sum_ptr + state, tile_lo, tiles_full, row_end, N, scale_log2,
+        oldest_tile, log2_oldest, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOG_SPACE,
+    )  # fmt: skip
+    carried = gather_tiles(
+        q, dout, k_ptr, v_ptr, start_ptr + state, sum_ptr + state, tl.maximum(tile_lo, tiles_full), tiles_seen, row_end, N,
+        scale_log2, oldest_tile, log2_oldest, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, LOG_SPACE,
+    )  # fmt: skip
+    store_rows(dq_ptr, carried[0] * scale, rows, dq_stride_m, rows_left, D, BLOCK_D)

@@ -1,0 +1,115 @@
+"""Forward of stick-breaking attention, newest key tile first: equations (1) to (5).
+
+    grid   [B * H * ceil(max M / BLOCK_M)]: one program per (batch, head, query block), a head's longest blocks first
+    q      [B, H, M, D]    k [B, H / GROUP, N, D]    v [B, H / GROUP, N, DV]    out [B, H, M, DV]    any strides, last one 1
+    stats  [B, H, M]: remainder r (eq. 5), oldest_tile and log2_oldest (index of the oldest visited key tile in which the
+           row still had stick left, and log2 of that stick on entry): what the backward's walk starts from
+    VARLEN: cu_seqlens [B + 1] cuts one token dimension; tensors are [1, H, T, ...] views and M = N per sequence
+
+Two loops: the tiles on the diagonal, masked, then the tiles every row sees. With SKIP the second runs in stretches of
+SKIP_EVERY tiles and ends once every row's stick is below skip_below; a `break` per tile would cost the software pipeline.
+"""
+
+import triton
+import triton.language as tl
+
+from .step import MIN_STICK, exp2, from_runs, key_offsets, spent_log2, weights
+from .tiles import at_row, load_rows, logits, sequence, store_rows
+
+
+@triton.jit
+def attend_tiles(
+    q, k_ptr, v_ptr, tile_hi, tile_lo, row_end, N, scale_log2, state,
+    k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, LOG_SPACE: tl.constexpr,
+):  # fmt: skip
+    """Visit key tiles tile_hi - 1 down to tile_lo; row_end [BLOCK_M] is each row's first invisible key."""
+    acc, stick, log2_stick, oldest_tile, log2_oldest = state
+    offsets = key_offsets(BLOCK_N)
+    for i in range(0, tile_hi - tile_lo):
+        tile = tile_hi - 1 - i
+        begin = tile * BLOCK_N
+        k = load_rows(at_row(k_ptr, begin, k_stride_n), offsets, k_stride_n, N - begin, D, BLOCK_D, MASKED)
+        v = load_rows(at_row(v_ptr, begin, v_stride_n), offsets, v_stride_n, N - begin, DV, BLOCK_DV, MASKED)
+        s = logits(q, k, scale_log2, begin, offsets, row_end, MASKED)
+        oldest_tile = tl.where(stick > 0.0, tile, oldest_tile)
+        log2_oldest = tl.where(stick > 0.0, log2_stick, log2_oldest)
+        start = -log2_stick if LOG_SPACE else stick
+        A, e, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        log2_stick += spent_log2(total, LOG_SPACE)
+        stick = exp2(log2_stick) if LOG_SPACE else stick * total
+        stick = tl.where(stick < MIN_STICK, 0.0, stick)
+        acc = tl.dot(from_runs(A, BLOCK_M, BLOCK_N).to(v.dtype), v, acc)
+    return acc, stick, log2_stick, oldest_tile, log2_oldest
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, remainder_ptr, oldest_tile_ptr, log2_oldest_ptr, cu_seqlens_ptr,
+    scale_log2, skip_below, H, M, N,
+    q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h, out_stride_b, out_stride_h,
+    stat_stride_b, stat_stride_h,
+    q_stride_m: tl.constexpr, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, out_stride_m: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
+    SKIP: tl.constexpr, SKIP_EVERY: tl.constexpr, LOG_SPACE: tl.constexpr,
+):  # fmt: skip
+    m_blocks = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    m_block = m_blocks - 1 - pid % m_blocks
+    b = (pid // m_blocks // H).to(tl.int64)
+    h = (pid // m_blocks % H).to(tl.int64)
+    token, M, N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
+    m_begin = m_block * BLOCK_M
+    if m_begin >= M:
+        return
+    batch = 0 if VARLEN else b
+    q_ptr += batch * q_stride_b + h * q_stride_h + (token + m_begin) * q_stride_m
+    k_ptr += batch * k_stride_b + h // GROUP * k_stride_h + token * k_stride_n
+    v_ptr += batch * v_stride_b + h // GROUP * v_stride_h + token * v_stride_n
+    out_ptr += batch * out_stride_b + h * out_stride_h + (token + m_begin) * out_stride_m
+    stat = batch * stat_stride_b + h * stat_stride_h + token + m_begin
+
+    rows = tl.arange(0, BLOCK_M)
+    rows_left = M - m_begin
+    q = load_rows(q_ptr, rows, q_stride_m, rows_left, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    first_end = N - M + m_begin + (1 if ATTEND_CURRENT else 0)  # the block's first row sees keys [0, first_end)
+    row_end = first_end + rows
+    tiles_full = first_end // BLOCK_N
+    tiles_seen = tl.cdiv(tl.minimum(first_end + BLOCK_M - 1, N), BLOCK_N)
+
+    # Rows beyond M start with no stick left, so that they hold nobody up.
+    stick = tl.where(rows < rows_left, 1.0, 0.0)
+    state = (
+        tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+        stick,
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M], tl.int32) + tiles_seen,
+        tl.zeros([BLOCK_M], tl.float32),
+    )
+    state = attend_tiles(
+        q, k_ptr, v_ptr, tiles_seen, tiles_full, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, LOG_SPACE,
+    )  # fmt: skip
+    if SKIP:
+        tiles_left = tiles_full
+        while (tiles_left > 0) & (tl.max(state[1], 0) >= skip_below):
+            stretch_end = tl.maximum(tiles_left - SKIP_EVERY, 0)
+            state = attend_tiles(
+                q, k_ptr, v_ptr, tiles_left, stretch_end, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOG_SPACE,
+            )  # fmt: skip
+            tiles_left = stretch_end
+    else:
+        state = attend_tiles(
+            q, k_ptr, v_ptr, tiles_full, 0, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOG_SPACE,
+        )  # fmt: skip
+    acc, stick, log2_stick, oldest_tile, log2_oldest = state
+
+    store_rows(out_ptr, acc, rows, out_stride_m, rows_left, DV, BLOCK_DV)
+    in_range = rows < rows_left
+    tl.store(remainder_ptr + stat + rows, stick, mask=in_range)
+    tl.store(oldest_tile_ptr + stat + rows, oldest_tile, mask=in_range)
+    tl.store(log2_oldest_ptr + stat + rows, log2_oldest, mask=in_range)

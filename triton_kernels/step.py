@@ -1,0 +1,215 @@
+"""The per-tile step of stick-breaking attention: every Triton kernel calls this module and nothing else for the math.
+
+Equations are numbered as in sbkernels/reference.py. A tile holds BLOCK_M query rows and BLOCK_N keys. Its columns are in
+*permuted* order: column c = 8j + 2q + b (q in 0..3, b in 0..1) holds key offset q*(BLOCK_N/4) + 2j + b (`key_offsets`).
+In the accumulator layout of mma and wgmma one thread owns, of a row, the columns with q = lane % 4, so that in this order it
+owns one contiguous run of BLOCK_N/4 keys: scans are thread-local trees and only the 4 run totals cross lanes.
+
+    shape names: a tile is [M, N], the same tile as runs is [M, 4, N/4], a statistic per row is [M]
+
+Two formulations, chosen by the constexpr LOG_SPACE:
+    False  linear space, eq. (6) and (7): t = 1 - beta = 1/(1 + 2^s), beta = 2^s t, A = stick * prod(newer t) * beta.
+           Two special functions a logit. Products only shrink, so an underflow to 0 means "stick used up".
+    True   log space, the paper's: softplus2 in PTX, A = 2^(s - softplus2(s) - sum(newer softplus2)). Four.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter has no inline assembly; there the same functions run through tl's own operations.
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+# Largest base-2 logit: 1 + 2^126 and its reciprocal are normal float32 numbers, and 2^-126 of a stick is 0 in every result.
+MAX_LOGIT2 = tl.constexpr(126.0)
+# Below the smallest normal float32 a stick counts as used up: exactly 0.
+MIN_STICK = tl.constexpr(2.0**-126)
+# softplus2(s) = s to float32 rounding from here on (log2(1 + 2^-s) < 2^-23 s); the paper's constant.
+SOFTPLUS_LINEAR = tl.constexpr(15.0)
+
+NEWER = tl.constexpr(0)  # scan direction: over keys nearer to the query
+OLDER = tl.constexpr(1)  # scan direction: over keys farther from the query
+
+
+@triton.jit
+def exp2(x):
+    """2^x, results below 2^-126 flushed to 0."""
+    # NOTE: tl.exp2 keeps subnormal results, at three more instructions a logit on sm_90.
+    if INTERPRET:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def reciprocal(x):
+    """1/x to one ulp."""
+    if INTERPRET:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def log2(x):
+    """log2(x) to 2^-22 absolute; -inf at 0."""
+    if INTERPRET:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def softplus2(s):
+    """log2(1 + 2^s), the paper's PTX softplus."""
+    if INTERPRET:
+        return tl.where(s > SOFTPLUS_LINEAR, s, tl.log2(1.0 + tl.exp2(tl.minimum(s, SOFTPLUS_LINEAR))))
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 u; .reg .pred linear;
+            ex2.approx.ftz.f32 u, $1; add.f32 u, u, 0f3F800000; lg2.approx.ftz.f32 u, u;
+            setp.gt.f32 linear, $1, 0f41700000; selp.f32 $0, $1, u, linear; }""",
+            "=f,f", [s], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def key_offsets(BLOCK_N: tl.constexpr):
+    """[BLOCK_N] key offset held by each column of a tile."""
+    c = tl.arange(0, BLOCK_N)
+    return ((c >> 1) & 3) * (BLOCK_N // 4) + (c >> 3) * 2 + (c & 1)
+
+
+@triton.jit
+def to_runs(x, M: tl.constexpr, N: tl.constexpr):
+    """[M, N] tile -> [M, 4, N/4] runs, keys oldest first."""
+    x = tl.permute(tl.reshape(x, [M, N // 8, 4, 2]), (0, 2, 1, 3))
+    return tl.reshape(x, [M, 4, N // 4])
+
+
+@triton.jit
+def from_runs(x, M: tl.constexpr, N: tl.constexpr):
+    """[M, 4, N/4] runs -> [M, N] tile."""
+    x = tl.permute(tl.reshape(x, [M, 4, N // 8, 2]), (0, 2, 1, 3))
+    return tl.reshape(x, [M, N])
+
+
+@triton.jit
+def _combine(a, b, SUM: tl.constexpr):
+    return a + b if SUM else a * b
+
+
+@triton.jit
+def spent_log2(total, LOG_SPACE: tl.constexpr):
+    """log2 (<= 0) of what a tile leaves of the stick, from its total [M] of `weights`."""
+    return -total if LOG_SPACE else log2(total)
+
+
+@triton.jit
+def scan_start(log2_stick, LOG_SPACE: tl.constexpr):
+    """What the scan of a tile starts from: the stick on entry [M] or, in log space, -log2 of it."""
+    return -log2_stick if LOG_SPACE else exp2(log2_stick)
+
+
+@triton.jit
+def chain_entry(total, chain, LOG_SPACE: tl.constexpr):
+    """Walking newer: log2 of the stick on entry of this tile [M].
+
+    chain: log2_stick [M], the same of the next older tile; log2_oldest [M], saved by forward; age [M], this tile's index less
+    that of the oldest one in which the row had stick left (older tiles: no stick, -inf); at_newest [M], whether it is the
+    row's newest tile (stick 1: ends the drift of the sums).
+    """
+    log2_stick, log2_oldest, age, at_newest = chain
+    entry = tl.where(age == 0, log2_oldest, log2_stick - spent_log2(total, LOG_SPACE))
+    entry = tl.where(at_newest, 0.0, entry)
+    return tl.where(age < 0, float("-inf"), entry)
+
+
+@triton.jit
+def _scan_run_totals(x, start, M: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl.constexpr, CHAIN: tl.constexpr):
+    """[M, 4, 1] run totals, one per lane -> their exclusive scan from start [M], and the row total [M].
+
+    NOTE: sums with one non-zero term pick an element through shuffles alone; tl.associative_scan goes through shared memory
+    (9 to 12 % of the forward) and a division "inclusive / own" is NaN once a product has underflowed. start comes in while
+    the shape is [M, 2, 2]: later, the compiler re-lays the whole tile out (140 more shuffles a thread and tile).
+    """
+    identity: tl.constexpr = 0.0 if SUM else 1.0
+    first = tl.arange(0, 2) == 0
+    x = tl.reshape(x, [M, 2, 2])
+    older = tl.sum(tl.where(first[None, None, :], x, 0.0), 2)  # [M, 2]
+    newer = tl.sum(tl.where(first[None, None, :], 0.0, x), 2)
+    pair = _combine(older, newer, SUM)
+    older_pair = tl.sum(tl.where(first[None, :], pair, 0.0), 1)  # [M]
+    newer_pair = tl.sum(tl.where(first[None, :], 0.0, pair), 1)
+    total = _combine(older_pair, newer_pair, SUM)
+    if CHAIN:
+        start = scan_start(chain_entry(total, start, SUM), SUM)
+    if DIRECTION == NEWER:
+        inner = tl.where(first[None, None, :], newer[:, :, None], identity)
+        outer = tl.where(first[None, :], newer_pair[:, None], identity)
+    else:
+        inner = tl.where(first[None, None, :], identity, older[:, :, None])
+        outer = tl.where(first[None, :], identity, older_pair[:, None])
+    outer = _combine(outer, start[:, None], SUM)
+    return tl.reshape(_combine(inner, outer[:, :, None], SUM), [M, 4, 1]), total
+
+
+@triton.jit
+def scan(x, start, M: tl.constexpr, R: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl.constexpr, CHAIN: tl.constexpr):
+    """Exclusive scan of runs x [M, 4, R] towards DIRECTION, combined with start [M]; and the tile's total [M].
+
+    SUM: add, else multiply. CHAIN: start is the tuple `chain` of `chain_entry`.
+    """
+    if R == 1:
+        return _scan_run_totals(x, start, M, DIRECTION, SUM, CHAIN)
+    else:
+        older, newer = tl.split(tl.reshape(x, [M, 4, R // 2, 2]))
+        pair, total = scan(_combine(older, newer, SUM), start, M, R // 2, DIRECTION, SUM, CHAIN)
+        if DIRECTION == NEWER:
+            both = tl.join(_combine(pair, newer, SUM), pair)
+        else:
+            both = tl.join(pair, _combine(pair, older, SUM))
+        return tl.reshape(both, [M, 4, R]), total
+
+
+@triton.jit
+def weights(s, start, M: tl.constexpr, N: tl.constexpr, CHAIN: tl.constexpr, LOG_SPACE: tl.constexpr):
+    """Eq. (2), (3) and (6), (7) on base-2 logits s [M, N]; -inf marks an invisible key.
+
+    Returns runs [M, 4, N/4] of A and of what `logit_gradient` wants back (2^s or, in log space, s), and the tile's total [M]:
+    prod(1 - beta) or, in log space, sum(softplus2(s)).
+    """
+    s = to_runs(s, M, N)
+    if LOG_SPACE:
+        softplus = softplus2(s)
+        newer, total = scan(softplus, start, M, N // 4, NEWER, True, CHAIN)
+        return exp2(s - softplus - newer), s, total
+    else:
+        e = exp2(tl.minimum(s, MAX_LOGIT2, propagate_nan=tl.PropagateNan.ALL))
+        t = reciprocal(1.0 + e)
+        stick, total = scan(t, start, M, N // 4, NEWER, False, CHAIN)
+        return stick * (e * t), e, total
+
+
+@triton.jit
+def logit_gradient(A, e, dA, older_sum, one, M: tl.constexpr, N: tl.constexpr, LOG_SPACE: tl.constexpr):
+    """Eq. (8) and (9): dz [M, N] from the runs of `weights`, dA = do v^T [M, N] and, per row, dr r + sum(a over older tiles).
+
+    Returns dz and the row's sum with this tile added. one is 1.0 as a run-time value: with the constant, the compiler keeps
+    beta and 1 - beta of the whole tile alive from `weights` to here (64 registers) instead of taking the reciprocal again.
+    """
+    a = A * to_runs(dA, M, N)
+    older, total = scan(a, older_sum, M, N // 4, OLDER, True, False)
+    if LOG_SPACE:
+        softplus = softplus2(e * one)
+        dz = a * exp2(-softplus) - exp2(e - softplus) * older
+    else:
+        t = reciprocal(e * one + one)
+        dz = a * t - (e * t) * older
+    return from_runs(dz, M, N), older_sum + total

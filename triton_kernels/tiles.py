@@ -1,0 +1,59 @@
+"""What the kernels share around the math: where a program's sequence lies, tile loads, which keys a row sees."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sequence(cu_seqlens_ptr, b, M, N, VARLEN: tl.constexpr):
+    """First token, number of queries and number of keys of batch entry b."""
+    if VARLEN:
+        begin = tl.load(cu_seqlens_ptr + b).to(tl.int64)
+        length = (tl.load(cu_seqlens_ptr + b + 1) - begin).to(tl.int32)
+        return begin, length, length
+    else:
+        return tl.full([], 0, tl.int64), M, N
+
+
+@triton.jit
+def at_row(ptr, row, stride):
+    """Pointer to a row of a matrix, in 64-bit arithmetic."""
+    return ptr + (tl.full([], 0, tl.int64) + row) * stride
+
+
+@triton.jit
+def _tile_ptrs(ptr, rows, stride: tl.constexpr, BLOCK_D: tl.constexpr):
+    # NOTE: 32-bit offsets within a tile save registers; a row stride of 2^23 elements is where 256 rows could overflow them.
+    if stride >= 8388608:
+        rows = rows.to(tl.int64)
+    return ptr + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_rows(ptr, rows, stride: tl.constexpr, count, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Tile [len(rows), BLOCK_D] of a [count, D] matrix; zeros beyond D and, if MASKED, beyond count."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = _tile_ptrs(ptr, rows, stride, BLOCK_D)
+    if MASKED:
+        return tl.load(ptrs, mask=(rows[:, None] < count) & (d[None, :] < D), other=0.0)
+    elif BLOCK_D != D:
+        return tl.load(ptrs, mask=d[None, :] < D, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(ptr, tile, rows, stride: tl.constexpr, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store tile [len(rows), BLOCK_D] into a [count, D] matrix, rounded to its dtype."""
+    d = tl.arange(0, BLOCK_D)
+    mask = (rows[:, None] < count) & (d[None, :] < D)
+    tl.store(_tile_ptrs(ptr, rows, stride, BLOCK_D), tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def logits(q, k, scale_log2, key_begin, offsets, row_end, MASKED: tl.constexpr):
+    """Eq. (1) in base 2, s [M, N] with columns in the order of `offsets`; -inf where the row does not see the key."""
+    s = tl.dot(q, tl.trans(k)) * scale_log2
+    if MASKED:
+        s = tl.where((key_begin + offsets)[None, :] < row_end[:, None], s, float("-inf"))
+    return s
