@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .step import from_runs, key_offsets, logit_gradient, weights
-from .tiles import at_row, load_rows, logits, sequence, store_rows
+from .tiles import at_row, load_rows, logits, sequence, state_ptrs, store_rows
 
 OLDEST_AT_ONCE = tl.constexpr(1024)  # entries of block_oldest read at a time
 
@@ -30,11 +30,11 @@ def last_visitor(block_oldest_ptr, blocks, tile):
 
 @triton.jit
 def gather_rows(
-    k, v, q_ptr, dout_ptr, start_ptr, sum_ptr, block_oldest_ptr, tile, block_lo, block_hi, row_begin, first_end, M,
+    k, v, q_ptr, dout_ptr, state_ptr, block_oldest_ptr, tile, block_lo, block_hi, row_begin, first_end, M,
     scale_log2, gradients,
     q_stride_m: tl.constexpr, dout_stride_m: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EVEN_M: tl.constexpr, MASKED: tl.constexpr, SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
+    EVEN_M: tl.constexpr, MASKED: tl.constexpr, SKIP: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     """Visit query blocks block_lo to block_hi - 1 of the chunk; row m of the sequence sees keys below first_end + m."""
     dk, dv = gradients
@@ -46,14 +46,17 @@ def gather_rows(
         m_begin = row_begin + chunk_row
         q = load_rows(at_row(q_ptr, m_begin, q_stride_m), rows, q_stride_m, M - m_begin, D, BLOCK_D, not EVEN_M)
         dout = load_rows(at_row(dout_ptr, m_begin, dout_stride_m), rows, dout_stride_m, M - m_begin, DV, BLOCK_DV, not EVEN_M)
-        visits = (rows < M - m_begin) & (tl.load(block_oldest_ptr + block) <= tile if SKIP else True)
-        start = tl.load(start_ptr + chunk_row + rows, mask=visits, other=float("inf") if LOG_SPACE else 0.0)
-        older_sum = tl.load(sum_ptr + chunk_row + rows, mask=visits, other=0.0)
+        if EVEN_M and not SKIP:
+            state = tl.load(state_ptrs(state_ptr, chunk_row, rows))
+        else:
+            visits = (rows < M - m_begin) & (tl.load(block_oldest_ptr + block) <= tile if SKIP else True)
+            state = tl.load(state_ptrs(state_ptr, chunk_row, rows), mask=visits[:, None], other=0.0)
+        start, older_sum = tl.split(state)
         s = logits(q, k, scale_log2, tile * BLOCK_N, offsets, first_end + m_begin + rows, MASKED)
-        A, e, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        A, e, t, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
         dv = tl.dot(tl.trans(dout), from_runs(A, BLOCK_M, BLOCK_N).to(dout.dtype), dv)
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
-        dz, older_sum = logit_gradient(A, e, dA, older_sum, one, BLOCK_M, BLOCK_N, LOG_SPACE)
+        dz, older_sum = logit_gradient(A, e, t, dA, older_sum, one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
         dk = tl.dot(tl.trans(q), dz.to(q.dtype), dk)
     return dk, dv
 
@@ -61,7 +64,7 @@ def gather_rows(
 @triton.jit
 def backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, cu_seqlens_ptr, dk_ptr, dv_ptr, dk_sum_ptr, dv_sum_ptr,
-    start_ptr, sum_ptr, block_oldest_ptr,
+    state_ptr, block_oldest_ptr,
     scale, scale_log2, H, M, N, unit_begin, row_begin, chunk_rows, key_tiles,
     q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h, dout_stride_b, dout_stride_h,
     dk_stride_b, dk_stride_h, dv_stride_b, dv_stride_h,
@@ -69,7 +72,7 @@ def backward_keys_kernel(
     dk_stride_n: tl.constexpr, dv_stride_n: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
-    EVEN_M: tl.constexpr, FIRST_ROWS: tl.constexpr, LAST_ROWS: tl.constexpr, SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
+    EVEN_M: tl.constexpr, FIRST_ROWS: tl.constexpr, LAST_ROWS: tl.constexpr, SKIP: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     unit = pid // key_tiles
@@ -114,14 +117,14 @@ def backward_keys_kernel(
         blocks_end = last_visitor(oldest_ptr, blocks, tile) if SKIP else blocks
         state = (chunk_head * key_tiles + tile) * chunk_rows
         gradients = gather_rows(
-            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, start_ptr + state, sum_ptr + state, oldest_ptr,
+            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, at_row(state_ptr, state, 2), oldest_ptr,
             tile, block_first, tl.minimum(block_full, blocks_end), row_begin, first_end, sequence_M, scale_log2, gradients,
-            q_stride_m, dout_stride_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, True, SKIP, LOG_SPACE,
+            q_stride_m, dout_stride_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, True, SKIP, RECOMPUTE, LOG_SPACE,
         )  # fmt: skip
         gradients = gather_rows(
-            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, start_ptr + state, sum_ptr + state, oldest_ptr,
+            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, at_row(state_ptr, state, 2), oldest_ptr,
             tile, tl.maximum(block_full, block_first), blocks_end, row_begin, first_end, sequence_M, scale_log2, gradients,
-            q_stride_m, dout_stride_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, False, SKIP, LOG_SPACE,
+            q_stride_m, dout_stride_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, False, SKIP, RECOMPUTE, LOG_SPACE,
         )  # fmt: skip
     dk, dv = tl.trans(gradients[0]), tl.trans(gradients[1])
     if LAST_ROWS:

@@ -3,8 +3,8 @@
     grid    [heads of the chunk * query blocks of the chunk]: one program per (batch, head, query block)
     q, dout, dq      [B, H, M, D or DV]      k, v      [B, H / GROUP, N, D or DV]      any strides, last one 1
     stats   [B, H, M]: remainder, oldest_tile, log2_oldest from the forward, dremainder from the caller
-    state   start and older_sum, each [heads of the chunk, key tiles, rows of the chunk]: for each row, on entry of each key
-            tile, what its scan starts from and dr r + sum of a over the older tiles
+    state   [heads of the chunk, key tiles, rows of the chunk, 2] float32: for each row, on entry of each key tile, what its
+            scan starts from, and dr r + sum of a over the older tiles
     block_oldest     [heads of the chunk, query blocks of the chunk]: the oldest key tile the block visits
 
 Walks from the oldest visited key tile to the newest, against the forward: the inner sum of eq. (9) runs that way, and the stick
@@ -14,34 +14,33 @@ follows from the log2 the forward saved. A chunk is UNITS (batch, key head) pair
 import triton
 import triton.language as tl
 
-from .step import chain_entry, key_offsets, logit_gradient, scan_start, weights
-from .tiles import at_row, load_rows, logits, sequence, store_rows
+from .step import chain_entry, key_offsets, logit_gradient, weights
+from .tiles import at_row, load_rows, logits, sequence, state_ptrs, store_rows
 
 
 @triton.jit
 def gather_tiles(
-    q, dout, k_ptr, v_ptr, start_ptr, sum_ptr, tile_lo, tile_hi, row_end, N, scale_log2, oldest_tile, log2_oldest, state,
+    q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tile_hi, row_end, N, scale_log2, oldest_tile, carried,
     chunk_rows, in_range, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr, LOG_SPACE: tl.constexpr,
+    MASKED: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     """Visit key tiles tile_lo to tile_hi - 1; row_end [BLOCK_M] is each row's first invisible key."""
-    dq, log2_stick, older_sum = state
+    dq, log2_stick, older_sum = carried
     offsets = key_offsets(BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     one = tl.where(N > 0, 1.0, 2.0)
-    for tile in range(tile_lo, tile_hi):
+    for tile in tl.range(tile_lo, tile_hi, num_stages=1 if MASKED else None):
         begin = tile * BLOCK_N
         k = load_rows(at_row(k_ptr, begin, k_stride_n), offsets, k_stride_n, N - begin, D, BLOCK_D, MASKED)
         v = load_rows(at_row(v_ptr, begin, v_stride_n), offsets, v_stride_n, N - begin, DV, BLOCK_DV, MASKED)
         s = logits(q, k, scale_log2, begin, offsets, row_end, MASKED)
+        chain = (log2_stick, tile - oldest_tile, begin + BLOCK_N >= row_end)
+        A, e, t, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
+        log2_stick, start = chain_entry(total, chain, LOG_SPACE)
+        tl.store(state_ptrs(state_ptr, tile * chunk_rows, rows), tl.join(start, older_sum), mask=in_range[:, None])
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
-        chain = (log2_stick, log2_oldest, tile - oldest_tile, begin + BLOCK_N >= row_end)
-        A, e, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
-        log2_stick = chain_entry(total, chain, LOG_SPACE)
-        tl.store(at_row(start_ptr, tile, chunk_rows) + rows, scan_start(log2_stick, LOG_SPACE), mask=in_range)
-        tl.store(at_row(sum_ptr, tile, chunk_rows) + rows, older_sum, mask=in_range)
-        dz, older_sum = logit_gradient(A, e, dA, older_sum, one, BLOCK_M, BLOCK_N, LOG_SPACE)
+        dz, older_sum = logit_gradient(A, e, t, dA, older_sum, one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
         dq = tl.dot(dz.to(k.dtype), k, dq)
     return dq, log2_stick, older_sum
 
@@ -49,7 +48,7 @@ def gather_tiles(
 @triton.jit
 def backward_queries_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, dremainder_ptr, remainder_ptr, oldest_tile_ptr, log2_oldest_ptr, cu_seqlens_ptr,
-    dq_ptr, start_ptr, sum_ptr, block_oldest_ptr,
+    dq_ptr, state_ptr, block_oldest_ptr,
     scale, scale_log2, H, M, N, unit_begin, row_begin, chunk_rows, key_tiles,
     q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h, dout_stride_b, dout_stride_h,
     dq_stride_b, dq_stride_h, stat_stride_b, stat_stride_h,
@@ -57,7 +56,7 @@ def backward_queries_kernel(
     dq_stride_m: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
-    SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
+    SKIP: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     chunk_blocks = tl.cdiv(chunk_rows, BLOCK_M)
     pid = tl.program_id(0)
@@ -78,7 +77,7 @@ def backward_queries_kernel(
     dout_ptr += batch * dout_stride_b + h * dout_stride_h + (token + m_begin) * dout_stride_m
     dq_ptr += batch * dq_stride_b + h * dq_stride_h + (token + m_begin) * dq_stride_m
     stat = batch * stat_stride_b + h * stat_stride_h + token + m_begin
-    state = chunk_head.to(tl.int64) * key_tiles * chunk_rows + chunk_block * BLOCK_M
+    state_ptr = at_row(state_ptr, chunk_head.to(tl.int64) * key_tiles * chunk_rows + chunk_block * BLOCK_M, 2)
 
     rows = tl.arange(0, BLOCK_M)
     rows_left = M - m_begin
@@ -96,15 +95,15 @@ def backward_queries_kernel(
     dremainder = tl.load(dremainder_ptr + stat + rows, mask=in_range, other=0.0)
     tile_lo = tl.min(oldest_tile, 0) if SKIP else 0
     tl.store(block_oldest_ptr, tile_lo)
-    carried = (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32), dremainder * remainder)
+    carried = (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), log2_oldest, dremainder * remainder)
     carried = gather_tiles(
-        q, dout, k_ptr, v_ptr, start_ptr + state, sum_ptr + state, tile_lo, tiles_full, row_end, N, scale_log2,
-        oldest_tile, log2_oldest, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOG_SPACE,
+        q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tiles_full, row_end, N, scale_log2,
+        oldest_tile, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, RECOMPUTE, LOG_SPACE,
     )  # fmt: skip
     carried = gather_tiles(
-        q, dout, k_ptr, v_ptr, start_ptr + state, sum_ptr + state, tl.maximum(tile_lo, tiles_full), tiles_seen, row_end, N,
-        scale_log2, oldest_tile, log2_oldest, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, LOG_SPACE,
+        q, dout, k_ptr, v_ptr, state_ptr, tl.maximum(tile_lo, tiles_full), tiles_seen, row_end, N,
+        scale_log2, oldest_tile, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, RECOMPUTE, LOG_SPACE,
     )  # fmt: skip
     store_rows(dq_ptr, carried[0] * scale, rows, dq_stride_m, rows_left, D, BLOCK_D)

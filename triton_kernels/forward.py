@@ -36,7 +36,7 @@ def attend_tiles(
         oldest_tile = tl.where(stick > 0.0, tile, oldest_tile)
         log2_oldest = tl.where(stick > 0.0, log2_stick, log2_oldest)
         start = -log2_stick if LOG_SPACE else stick
-        A, e, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        A, e, t, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
         log2_stick += spent_log2(total, LOG_SPACE)
         stick = exp2(log2_stick) if LOG_SPACE else stick * total
         stick = tl.where(stick < MIN_STICK, 0.0, stick)

@@ -20,10 +20,10 @@ import triton.language as tl
 
 # Triton's interpreter has no inline assembly; there the same functions run through tl's own operations.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-# Largest base-2 logit: 1 + 2^126 and its reciprocal are normal float32 numbers, and 2^-126 of a stick is 0 in every result.
-MAX_LOGIT2 = tl.constexpr(126.0)
-# Below the smallest normal float32 a stick counts as used up: exactly 0.
-MIN_STICK = tl.constexpr(2.0**-126)
+# A stick below this counts as used up, exactly 0: nothing that small shows in any output dtype.
+MIN_STICK = tl.constexpr(2.0**-64)
+# Base-2 logits are cut here: one such key leaves MIN_STICK of a stick, and 2^s times a sum of gradients stays finite.
+MAX_LOGIT2 = tl.constexpr(64.0)
 # softplus2(s) = s to float32 rounding from here on (log2(1 + 2^-s) < 2^-23 s); the paper's constant.
 SOFTPLUS_LINEAR = tl.constexpr(15.0)
 
@@ -112,23 +112,20 @@ def spent_log2(total, LOG_SPACE: tl.constexpr):
 
 
 @triton.jit
-def scan_start(log2_stick, LOG_SPACE: tl.constexpr):
-    """What the scan of a tile starts from: the stick on entry [M] or, in log space, -log2 of it."""
-    return -log2_stick if LOG_SPACE else exp2(log2_stick)
-
-
-@triton.jit
 def chain_entry(total, chain, LOG_SPACE: tl.constexpr):
-    """Walking newer: log2 of the stick on entry of this tile [M].
+    """Walking newer: log2 of the stick on entry of this tile, and what the tile's scan starts from, both [M].
 
-    chain: log2_stick [M], the same of the next older tile; log2_oldest [M], saved by forward; age [M], this tile's index less
-    that of the oldest one in which the row had stick left (older tiles: no stick, -inf); at_newest [M], whether it is the
-    row's newest tile (stick 1: ends the drift of the sums).
+    chain: log2_stick [M], the same of the next older tile, or, up to the oldest tile in which the row had stick left, that
+    tile's own from the forward; age [M], this tile's index less that tile's (negative: no stick); at_newest [M], whether this
+    is the row's newest tile (a whole stick, which ends the drift of the sums).
     """
-    log2_stick, log2_oldest, age, at_newest = chain
-    entry = tl.where(age == 0, log2_oldest, log2_stick - spent_log2(total, LOG_SPACE))
+    log2_stick, age, at_newest = chain
+    entry = tl.where(age > 0, log2_stick - spent_log2(total, LOG_SPACE), log2_stick)
     entry = tl.where(at_newest, 0.0, entry)
-    return tl.where(age < 0, float("-inf"), entry)
+    if LOG_SPACE:
+        return entry, tl.where(age < 0, float("inf"), -entry)
+    else:
+        return entry, tl.where(age < 0, 0.0, exp2(entry))
 
 
 @triton.jit
@@ -149,7 +146,7 @@ def _scan_run_totals(x, start, M: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl
     newer_pair = tl.sum(tl.where(first[None, :], 0.0, pair), 1)
     total = _combine(older_pair, newer_pair, SUM)
     if CHAIN:
-        start = scan_start(chain_entry(total, start, SUM), SUM)
+        log2_stick, start = chain_entry(total, start, SUM)
     if DIRECTION == NEWER:
         inner = tl.where(first[None, None, :], newer[:, :, None], identity)
         outer = tl.where(first[None, :], newer_pair[:, None], identity)
@@ -182,34 +179,37 @@ def scan(x, start, M: tl.constexpr, R: tl.constexpr, DIRECTION: tl.constexpr, SU
 def weights(s, start, M: tl.constexpr, N: tl.constexpr, CHAIN: tl.constexpr, LOG_SPACE: tl.constexpr):
     """Eq. (2), (3) and (6), (7) on base-2 logits s [M, N]; -inf marks an invisible key.
 
-    Returns runs [M, 4, N/4] of A and of what `logit_gradient` wants back (2^s or, in log space, s), and the tile's total [M]:
+    Returns runs [M, 4, N/4] of A, of 2^s and of 1 - beta (in log space: of s and softplus2(s)), and the tile's total [M]:
     prod(1 - beta) or, in log space, sum(softplus2(s)).
     """
     s = to_runs(s, M, N)
     if LOG_SPACE:
         softplus = softplus2(s)
         newer, total = scan(softplus, start, M, N // 4, NEWER, True, CHAIN)
-        return exp2(s - softplus - newer), s, total
+        return exp2(s - softplus - newer), s, softplus, total
     else:
         e = exp2(tl.minimum(s, MAX_LOGIT2, propagate_nan=tl.PropagateNan.ALL))
         t = reciprocal(1.0 + e)
         stick, total = scan(t, start, M, N // 4, NEWER, False, CHAIN)
-        return stick * (e * t), e, total
+        return stick * (e * t), e, t, total
 
 
 @triton.jit
-def logit_gradient(A, e, dA, older_sum, one, M: tl.constexpr, N: tl.constexpr, LOG_SPACE: tl.constexpr):
+def logit_gradient(
+    A, e, t, dA, older_sum, one,
+    M: tl.constexpr, N: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
+):  # fmt: skip
     """Eq. (8) and (9): dz [M, N] from the runs of `weights`, dA = do v^T [M, N] and, per row, dr r + sum(a over older tiles).
 
-    Returns dz and the row's sum with this tile added. one is 1.0 as a run-time value: with the constant, the compiler keeps
-    beta and 1 - beta of the whole tile alive from `weights` to here (64 registers) instead of taking the reciprocal again.
+    Returns dz and the row's sum with this tile added. RECOMPUTE takes 1 - beta from 2^s again, so that 32 registers less live
+    through the product dA; one is 1.0 as a run-time value, without which the compiler undoes that.
     """
     a = A * to_runs(dA, M, N)
     older, total = scan(a, older_sum, M, N // 4, OLDER, True, False)
     if LOG_SPACE:
-        softplus = softplus2(e * one)
-        dz = a * exp2(-softplus) - exp2(e - softplus) * older
+        dz = a * exp2(-t) - exp2(e - t) * older
     else:
-        t = reciprocal(e * one + one)
-        dz = a * t - (e * t) * older
+        if RECOMPUTE:
+            t = reciprocal(e * one + one)
+        dz = (a - e * older) * t
     return from_runs(dz, M, N), older_sum + total

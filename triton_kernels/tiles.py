@@ -57,3 +57,9 @@ def logits(q, k, scale_log2, key_begin, offsets, row_end, MASKED: tl.constexpr):
     if MASKED:
         s = tl.where((key_begin + offsets)[None, :] < row_end[:, None], s, float("-inf"))
     return s
+
+
+@triton.jit
+def state_ptrs(ptr, row, rows):
+    """[M, 2] pointers to what a tile's scan starts from and the sum over older tiles, side by side for each row."""
+    return at_row(ptr, row, 2) + rows[:, None] * 2 + tl.arange(0, 2)[None, :]

@@ -56,6 +56,8 @@ class TritonBackward:
     QUERIES_NUM_STAGES: int
     KEYS_NUM_WARPS: int
     KEYS_NUM_STAGES: int
+    QUERIES_RECOMPUTE: bool = False
+    KEYS_RECOMPUTE: bool = False
     LOG_SPACE: bool = False
 
 
@@ -240,7 +242,7 @@ def plan_backward(
     units, group = problem.batch * problem.kv_heads, problem.group
     key_tiles = triton.cdiv(problem.keys, config.BLOCK_N)
     chunk_units, chunk_rows = chunk_sizes(problem, key_tiles, config.BLOCK_M, env.workspace())
-    state = allocate((2, chunk_units * group, key_tiles, chunk_rows), remainder)
+    state = allocate((chunk_units * group, key_tiles, chunk_rows, 2), remainder)
     block_oldest = allocate((chunk_units * group, triton.cdiv(chunk_rows, config.BLOCK_M)), remainder, torch.int32)
     one_chunk_of_rows = chunk_rows >= problem.queries
     sums = [
@@ -253,8 +255,7 @@ def plan_backward(
         "k_ptr": call.k,
         "v_ptr": call.v,
         "dout_ptr": dout,
-        "start_ptr": state[0],
-        "sum_ptr": state[1],
+        "state_ptr": state,
         "block_oldest_ptr": block_oldest,
         "chunk_rows": chunk_rows,
         "key_tiles": key_tiles,
@@ -269,11 +270,13 @@ def plan_backward(
         "oldest_tile_ptr": oldest_tile,
         "log2_oldest_ptr": log2_oldest,
         "dq_ptr": dq,
+        "RECOMPUTE": config.QUERIES_RECOMPUTE,
     }
     keys = {
         **shared,
         **_strides(q=call.q, k=call.k, v=call.v, dout=dout, dk=dk, dv=dv),
         "dk_ptr": dk,
+        "RECOMPUTE": config.KEYS_RECOMPUTE,
         "dv_ptr": dv,
         "dk_sum_ptr": sums[0],
         "dv_sum_ptr": sums[1],
