@@ -11,8 +11,8 @@ Query rows are in their natural order; keys are permuted within the tile (step.p
 import triton
 import triton.language as tl
 
-from .step import from_runs, key_offsets, logit_gradient, weights
-from .tiles import at_row, load_rows, logits, sequence, state_ptrs, store_rows
+from .step import from_runs, key_offsets, logit_gradient, scan_start, weights
+from .tiles import load_rows, logits, row_ptrs, sequence, state_ptrs, store_rows, wide
 
 OLDEST_AT_ONCE = tl.constexpr(1024)  # entries of block_oldest read at a time
 
@@ -40,20 +40,22 @@ def gather_rows(
     dk, dv = gradients
     offsets = key_offsets(BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
+    q_ptrs = row_ptrs(q_ptr, rows, q_stride_m, BLOCK_D)
+    dout_ptrs = row_ptrs(dout_ptr, rows, dout_stride_m, BLOCK_DV)
     one = tl.where(M > 0, 1.0, 2.0)
     for block in range(block_lo, block_hi):
         chunk_row = block * BLOCK_M
         m_begin = row_begin + chunk_row
-        q = load_rows(at_row(q_ptr, m_begin, q_stride_m), rows, q_stride_m, M - m_begin, D, BLOCK_D, not EVEN_M)
-        dout = load_rows(at_row(dout_ptr, m_begin, dout_stride_m), rows, dout_stride_m, M - m_begin, DV, BLOCK_DV, not EVEN_M)
+        q = load_rows(q_ptrs + wide(m_begin) * q_stride_m, rows, M - m_begin, D, BLOCK_D, not EVEN_M)
+        dout = load_rows(dout_ptrs + wide(m_begin) * dout_stride_m, rows, M - m_begin, DV, BLOCK_DV, not EVEN_M)
         if EVEN_M and not SKIP:
             state = tl.load(state_ptrs(state_ptr, chunk_row, rows))
         else:
             visits = (rows < M - m_begin) & (tl.load(block_oldest_ptr + block) <= tile if SKIP else True)
             state = tl.load(state_ptrs(state_ptr, chunk_row, rows), mask=visits[:, None], other=0.0)
-        start, older_sum = tl.split(state)
+        stick, older_sum = tl.split(state)
         s = logits(q, k, scale_log2, tile * BLOCK_N, offsets, first_end + m_begin + rows, MASKED)
-        A, e, t, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        A, e, t, total = weights(s, scan_start(stick, LOG_SPACE), BLOCK_M, BLOCK_N, False, LOG_SPACE)
         dv = tl.dot(tl.trans(dout), from_runs(A, BLOCK_M, BLOCK_N).to(dout.dtype), dv)
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
         dz, older_sum = logit_gradient(A, e, t, dA, older_sum, one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
@@ -93,14 +95,14 @@ def backward_keys_kernel(
 
     offsets = key_offsets(BLOCK_N)
     keys_left = sequence_N - begin
-    k = load_rows(k_ptr, offsets, k_stride_n, keys_left, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
-    v = load_rows(v_ptr, offsets, v_stride_n, keys_left, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+    k = load_rows(row_ptrs(k_ptr, offsets, k_stride_n, BLOCK_D), offsets, keys_left, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(row_ptrs(v_ptr, offsets, v_stride_n, BLOCK_DV), offsets, keys_left, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
     if FIRST_ROWS:
         gradients = (tl.zeros([BLOCK_D, BLOCK_N], tl.float32), tl.zeros([BLOCK_DV, BLOCK_N], tl.float32))
     else:
         gradients = (
-            tl.trans(load_rows(dk_sum_ptr + sum_row * D, offsets, D, keys_left, D, BLOCK_D, True)),
-            tl.trans(load_rows(dv_sum_ptr + sum_row * DV, offsets, DV, keys_left, DV, BLOCK_DV, True)),
+            tl.trans(load_rows(row_ptrs(dk_sum_ptr + sum_row * D, offsets, D, BLOCK_D), offsets, keys_left, D, BLOCK_D, True)),
+            tl.trans(load_rows(row_ptrs(dv_sum_ptr + sum_row * DV, offsets, DV, BLOCK_DV), offsets, keys_left, DV, BLOCK_DV, True)),
         )
 
     # Row m sees the tile's first key from m = begin - first_end + 1 on, and all of it from m = begin + BLOCK_N - first_end on.
@@ -117,12 +119,12 @@ def backward_keys_kernel(
         blocks_end = last_visitor(oldest_ptr, blocks, tile) if SKIP else blocks
         state = (chunk_head * key_tiles + tile) * chunk_rows
         gradients = gather_rows(
-            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, at_row(state_ptr, state, 2), oldest_ptr,
+            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, state_ptr + state * 2, oldest_ptr,
             tile, block_first, tl.minimum(block_full, blocks_end), row_begin, first_end, sequence_M, scale_log2, gradients,
             q_stride_m, dout_stride_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, True, SKIP, RECOMPUTE, LOG_SPACE,
         )  # fmt: skip
         gradients = gather_rows(
-            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, at_row(state_ptr, state, 2), oldest_ptr,
+            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, state_ptr + state * 2, oldest_ptr,
             tile, tl.maximum(block_full, block_first), blocks_end, row_begin, first_end, sequence_M, scale_log2, gradients,
             q_stride_m, dout_stride_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, False, SKIP, RECOMPUTE, LOG_SPACE,
         )  # fmt: skip

@@ -3,8 +3,8 @@
     grid    [heads of the chunk * query blocks of the chunk]: one program per (batch, head, query block)
     q, dout, dq      [B, H, M, D or DV]      k, v      [B, H / GROUP, N, D or DV]      any strides, last one 1
     stats   [B, H, M]: remainder, oldest_tile, log2_oldest from the forward, dremainder from the caller
-    state   [heads of the chunk, key tiles, rows of the chunk, 2] float32: for each row, on entry of each key tile, what its
-            scan starts from, and dr r + sum of a over the older tiles
+    state   [heads of the chunk, key tiles, rows of the chunk, 2] float32: for each row, on entry of each key tile, its stick and
+            dr r + sum of a over the older tiles
     block_oldest     [heads of the chunk, query blocks of the chunk]: the oldest key tile the block visits
 
 Walks from the oldest visited key tile to the newest, against the forward: the inner sum of eq. (9) runs that way, and the stick
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .step import chain_entry, key_offsets, logit_gradient, weights
-from .tiles import at_row, load_rows, logits, sequence, state_ptrs, store_rows
+from .tiles import load_rows, logits, row_ptrs, sequence, state_ptrs, store_rows, wide
 
 
 @triton.jit
@@ -29,16 +29,18 @@ def gather_tiles(
     dq, log2_stick, older_sum = carried
     offsets = key_offsets(BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
+    k_ptrs = row_ptrs(k_ptr, offsets, k_stride_n, BLOCK_D)
+    v_ptrs = row_ptrs(v_ptr, offsets, v_stride_n, BLOCK_DV)
     one = tl.where(N > 0, 1.0, 2.0)
     for tile in tl.range(tile_lo, tile_hi, num_stages=1 if MASKED else None):
         begin = tile * BLOCK_N
-        k = load_rows(at_row(k_ptr, begin, k_stride_n), offsets, k_stride_n, N - begin, D, BLOCK_D, MASKED)
-        v = load_rows(at_row(v_ptr, begin, v_stride_n), offsets, v_stride_n, N - begin, DV, BLOCK_DV, MASKED)
+        k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, MASKED)
+        v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, MASKED)
         s = logits(q, k, scale_log2, begin, offsets, row_end, MASKED)
         chain = (log2_stick, tile - oldest_tile, begin + BLOCK_N >= row_end)
         A, e, t, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
-        log2_stick, start = chain_entry(total, chain, LOG_SPACE)
-        tl.store(state_ptrs(state_ptr, tile * chunk_rows, rows), tl.join(start, older_sum), mask=in_range[:, None])
+        log2_stick, stick = chain_entry(total, chain, LOG_SPACE)
+        tl.store(state_ptrs(state_ptr, wide(tile) * chunk_rows, rows), tl.join(stick, older_sum), mask=in_range[:, None])
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
         dz, older_sum = logit_gradient(A, e, t, dA, older_sum, one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
         dq = tl.dot(dz.to(k.dtype), k, dq)
@@ -77,13 +79,13 @@ def backward_queries_kernel(
     dout_ptr += batch * dout_stride_b + h * dout_stride_h + (token + m_begin) * dout_stride_m
     dq_ptr += batch * dq_stride_b + h * dq_stride_h + (token + m_begin) * dq_stride_m
     stat = batch * stat_stride_b + h * stat_stride_h + token + m_begin
-    state_ptr = at_row(state_ptr, chunk_head.to(tl.int64) * key_tiles * chunk_rows + chunk_block * BLOCK_M, 2)
+    state_ptr += (chunk_head.to(tl.int64) * key_tiles * chunk_rows + chunk_block * BLOCK_M) * 2
 
     rows = tl.arange(0, BLOCK_M)
     rows_left = M - m_begin
     in_range = rows < rows_left
-    q = load_rows(q_ptr, rows, q_stride_m, rows_left, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    dout = load_rows(dout_ptr, rows, dout_stride_m, rows_left, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
+    q = load_rows(row_ptrs(q_ptr, rows, q_stride_m, BLOCK_D), rows, rows_left, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    dout = load_rows(row_ptrs(dout_ptr, rows, dout_stride_m, BLOCK_DV), rows, rows_left, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
     first_end = N - M + m_begin + (1 if ATTEND_CURRENT else 0)  # the block's first row sees keys [0, first_end)
     row_end = first_end + rows
     tiles_full = first_end // BLOCK_N

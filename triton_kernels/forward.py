@@ -13,8 +13,8 @@ SKIP_EVERY tiles and ends once every row's stick is below skip_below; a `break` 
 import triton
 import triton.language as tl
 
-from .step import MIN_STICK, exp2, from_runs, key_offsets, spent_log2, weights
-from .tiles import at_row, load_rows, logits, sequence, store_rows
+from .step import MIN_STICK, exp2, from_runs, key_offsets, scan_start, spent_log2, weights
+from .tiles import load_rows, logits, row_ptrs, sequence, store_rows, wide
 
 
 @triton.jit
@@ -27,16 +27,17 @@ def attend_tiles(
     """Visit key tiles tile_hi - 1 down to tile_lo; row_end [BLOCK_M] is each row's first invisible key."""
     acc, stick, log2_stick, oldest_tile, log2_oldest = state
     offsets = key_offsets(BLOCK_N)
+    k_ptrs = row_ptrs(k_ptr, offsets, k_stride_n, BLOCK_D)
+    v_ptrs = row_ptrs(v_ptr, offsets, v_stride_n, BLOCK_DV)
     for i in range(0, tile_hi - tile_lo):
         tile = tile_hi - 1 - i
         begin = tile * BLOCK_N
-        k = load_rows(at_row(k_ptr, begin, k_stride_n), offsets, k_stride_n, N - begin, D, BLOCK_D, MASKED)
-        v = load_rows(at_row(v_ptr, begin, v_stride_n), offsets, v_stride_n, N - begin, DV, BLOCK_DV, MASKED)
+        k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, MASKED)
+        v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, MASKED)
         s = logits(q, k, scale_log2, begin, offsets, row_end, MASKED)
         oldest_tile = tl.where(stick > 0.0, tile, oldest_tile)
         log2_oldest = tl.where(stick > 0.0, log2_stick, log2_oldest)
-        start = -log2_stick if LOG_SPACE else stick
-        A, e, t, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        A, e, t, total = weights(s, scan_start(stick, LOG_SPACE), BLOCK_M, BLOCK_N, False, LOG_SPACE)
         log2_stick += spent_log2(total, LOG_SPACE)
         stick = exp2(log2_stick) if LOG_SPACE else stick * total
         stick = tl.where(stick < MIN_STICK, 0.0, stick)
@@ -73,7 +74,7 @@ def forward_kernel(
 
     rows = tl.arange(0, BLOCK_M)
     rows_left = M - m_begin
-    q = load_rows(q_ptr, rows, q_stride_m, rows_left, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    q = load_rows(row_ptrs(q_ptr, rows, q_stride_m, BLOCK_D), rows, rows_left, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     first_end = N - M + m_begin + (1 if ATTEND_CURRENT else 0)  # the block's first row sees keys [0, first_end)
     row_end = first_end + rows
     tiles_full = first_end // BLOCK_N

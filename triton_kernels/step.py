@@ -112,20 +112,23 @@ def spent_log2(total, LOG_SPACE: tl.constexpr):
 
 
 @triton.jit
-def chain_entry(total, chain, LOG_SPACE: tl.constexpr):
-    """Walking newer: log2 of the stick on entry of this tile, and what the tile's scan starts from, both [M].
+def scan_start(stick, LOG_SPACE: tl.constexpr):
+    """What the scan of a tile starts from: the stick on entry [M] or, in log space, -log2 of it."""
+    return -log2(stick) if LOG_SPACE else stick
 
-    chain: log2_stick [M], the same of the next older tile, or, up to the oldest tile in which the row had stick left, that
+
+@triton.jit
+def chain_entry(total, chain, LOG_SPACE: tl.constexpr):
+    """Walking newer: log2 of the stick on entry of this tile, and the stick itself, both [M].
+
+    chain: log2_stick [M], the same of the next older tile or, up to the oldest tile in which the row had stick left, that
     tile's own from the forward; age [M], this tile's index less that tile's (negative: no stick); at_newest [M], whether this
     is the row's newest tile (a whole stick, which ends the drift of the sums).
     """
     log2_stick, age, at_newest = chain
     entry = tl.where(age > 0, log2_stick - spent_log2(total, LOG_SPACE), log2_stick)
     entry = tl.where(at_newest, 0.0, entry)
-    if LOG_SPACE:
-        return entry, tl.where(age < 0, float("inf"), -entry)
-    else:
-        return entry, tl.where(age < 0, 0.0, exp2(entry))
+    return entry, tl.where(age < 0, 0.0, exp2(entry))
 
 
 @triton.jit
@@ -146,7 +149,8 @@ def _scan_run_totals(x, start, M: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl
     newer_pair = tl.sum(tl.where(first[None, :], 0.0, pair), 1)
     total = _combine(older_pair, newer_pair, SUM)
     if CHAIN:
-        log2_stick, start = chain_entry(total, start, SUM)
+        log2_stick, stick = chain_entry(total, start, SUM)
+        start = scan_start(stick, SUM)
     if DIRECTION == NEWER:
         inner = tl.where(first[None, None, :], newer[:, :, None], identity)
         outer = tl.where(first[None, :], newer_pair[:, None], identity)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .step import INTERPRET
+
 
 @triton.jit
 def sequence(cu_seqlens_ptr, b, M, N, VARLEN: tl.constexpr):
@@ -16,24 +18,32 @@ def sequence(cu_seqlens_ptr, b, M, N, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def at_row(ptr, row, stride):
-    """Pointer to a row of a matrix, in 64-bit arithmetic."""
-    return ptr + (tl.full([], 0, tl.int64) + row) * stride
+def wide(x):
+    """An int32 scalar as int64, by a step the compiler cannot trace.
+
+    NOTE: traced, every pointer of a tile gets registers of its own, stepped on in the loop: 32 more at D = 128, which spill.
+    """
+    if INTERPRET:
+        return tl.full([], 0, tl.int64) + x
+    else:
+        return tl.inline_asm_elementwise("cvt.s64.s32 $0, $1;", "=l,r", [x], dtype=tl.int64, is_pure=True, pack=1)
 
 
 @triton.jit
-def _tile_ptrs(ptr, rows, stride: tl.constexpr, BLOCK_D: tl.constexpr):
-    # NOTE: 32-bit offsets within a tile save registers; a row stride of 2^23 elements is where 256 rows could overflow them.
+def row_ptrs(ptr, rows, stride: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[len(rows), BLOCK_D] pointers into a matrix.
+
+    Made outside of the loops and moved on there by a `wide` offset. Offsets within a tile are 32-bit; from a row stride of 2^23 elements on, 256 rows could overflow them.
+    """
     if stride >= 8388608:
         rows = rows.to(tl.int64)
     return ptr + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
-def load_rows(ptr, rows, stride: tl.constexpr, count, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def load_rows(ptrs, rows, count, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """Tile [len(rows), BLOCK_D] of a [count, D] matrix; zeros beyond D and, if MASKED, beyond count."""
     d = tl.arange(0, BLOCK_D)
-    ptrs = _tile_ptrs(ptr, rows, stride, BLOCK_D)
     if MASKED:
         return tl.load(ptrs, mask=(rows[:, None] < count) & (d[None, :] < D), other=0.0)
     elif BLOCK_D != D:
@@ -45,9 +55,8 @@ def load_rows(ptr, rows, stride: tl.constexpr, count, D: tl.constexpr, BLOCK_D: 
 @triton.jit
 def store_rows(ptr, tile, rows, stride: tl.constexpr, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store tile [len(rows), BLOCK_D] into a [count, D] matrix, rounded to its dtype."""
-    d = tl.arange(0, BLOCK_D)
-    mask = (rows[:, None] < count) & (d[None, :] < D)
-    tl.store(_tile_ptrs(ptr, rows, stride, BLOCK_D), tile.to(ptr.dtype.element_ty), mask=mask)
+    mask = (rows[:, None] < count) & (tl.arange(0, BLOCK_D)[None, :] < D)
+    tl.store(row_ptrs(ptr, rows, stride, BLOCK_D), tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -61,5 +70,5 @@ def logits(q, k, scale_log2, key_begin, offsets, row_end, MASKED: tl.constexpr):
 
 @triton.jit
 def state_ptrs(ptr, row, rows):
-    """[M, 2] pointers to what a tile's scan starts from and the sum over older tiles, side by side for each row."""
-    return at_row(ptr, row, 2) + rows[:, None] * 2 + tl.arange(0, 2)[None, :]
+    """[M, 2] pointers to the stick on entry of a tile and the sum over older tiles, side by side for each row."""
+    return ptr + row * 2 + rows[:, None] * 2 + tl.arange(0, 2)[None, :]
