@@ -11,7 +11,7 @@ Query rows are in their natural order; keys are permuted within the tile (step.p
 import triton
 import triton.language as tl
 
-from .step import from_runs, key_offsets, logit_gradient, scan_start, weights
+from .step import from_runs, key_offsets, logit_gradient, per_lane, scan_start, weights
 from .tiles import load_rows, logits, row_ptrs, sequence, state_ptrs, store_rows, wide
 
 OLDEST_AT_ONCE = tl.constexpr(1024)  # entries of block_oldest read at a time
@@ -55,10 +55,11 @@ def gather_rows(
             state = tl.load(state_ptrs(state_ptr, chunk_row, rows), mask=visits[:, None], other=0.0)
         stick, older_sum = tl.split(state)
         s = logits(q, k, scale_log2, tile * BLOCK_N, offsets, first_end + m_begin + rows, MASKED)
-        A, e, t, total = weights(s, scan_start(stick, LOG_SPACE), BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        start = scan_start(per_lane(stick, BLOCK_M), LOG_SPACE)
+        A, e, t, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
         dv = tl.dot(tl.trans(dout), from_runs(A, BLOCK_M, BLOCK_N).to(dout.dtype), dv)
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
-        dz, older_sum = logit_gradient(A, e, t, dA, older_sum, one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
+        dz, older_sum = logit_gradient(A, e, t, dA, per_lane(older_sum, BLOCK_M), one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
         dk = tl.dot(tl.trans(q), dz.to(q.dtype), dk)
     return dk, dv
 

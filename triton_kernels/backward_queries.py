@@ -14,8 +14,8 @@ follows from the log2 the forward saved. A chunk is UNITS (batch, key head) pair
 import triton
 import triton.language as tl
 
-from .step import chain_entry, key_offsets, logit_gradient, weights
-from .tiles import load_rows, logits, row_ptrs, sequence, state_ptrs, store_rows, wide
+from .step import chain_entry, key_offsets, logit_gradient, per_lane, weights
+from .tiles import load_rows, logits, row_ptrs, sequence, side_by_side, state_ptrs, store_rows, wide
 
 
 @triton.jit
@@ -31,16 +31,17 @@ def gather_tiles(
     rows = tl.arange(0, BLOCK_M)
     k_ptrs = row_ptrs(k_ptr, offsets, k_stride_n, BLOCK_D)
     v_ptrs = row_ptrs(v_ptr, offsets, v_stride_n, BLOCK_DV)
+    lane_end = per_lane(row_end, BLOCK_M)
     one = tl.where(N > 0, 1.0, 2.0)
     for tile in tl.range(tile_lo, tile_hi, num_stages=1 if MASKED else None):
         begin = tile * BLOCK_N
         k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, MASKED)
         v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, MASKED)
         s = logits(q, k, scale_log2, begin, offsets, row_end, MASKED)
-        chain = (log2_stick, tile - oldest_tile, begin + BLOCK_N >= row_end)
+        chain = (log2_stick, tile - oldest_tile, begin + BLOCK_N >= lane_end)
         A, e, t, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
         log2_stick, stick = chain_entry(total, chain, LOG_SPACE)
-        tl.store(state_ptrs(state_ptr, wide(tile) * chunk_rows, rows), tl.join(stick, older_sum), mask=in_range[:, None])
+        tl.store(state_ptrs(state_ptr, wide(tile) * chunk_rows, rows), side_by_side(stick, older_sum), mask=in_range[:, None])
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
         dz, older_sum = logit_gradient(A, e, t, dA, older_sum, one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
         dq = tl.dot(dz.to(k.dtype), k, dq)
@@ -97,7 +98,12 @@ def backward_queries_kernel(
     dremainder = tl.load(dremainder_ptr + stat + rows, mask=in_range, other=0.0)
     tile_lo = tl.min(oldest_tile, 0) if SKIP else 0
     tl.store(block_oldest_ptr, tile_lo)
-    carried = (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), log2_oldest, dremainder * remainder)
+    oldest_tile = per_lane(oldest_tile, BLOCK_M)
+    carried = (
+        tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+        per_lane(log2_oldest, BLOCK_M),
+        per_lane(dremainder * remainder, BLOCK_M),
+    )
     carried = gather_tiles(
         q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tiles_full, row_end, N, scale_log2,
         oldest_tile, carried, chunk_rows, in_range, k_stride_n, v_stride_n,

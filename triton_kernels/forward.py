@@ -13,7 +13,7 @@ SKIP_EVERY tiles and ends once every row's stick is below skip_below; a `break` 
 import triton
 import triton.language as tl
 
-from .step import MIN_STICK, exp2, from_runs, key_offsets, scan_start, spent_log2, weights
+from .step import MIN_STICK, exp2, from_runs, key_offsets, per_lane, per_row, scan_start, spent_log2, weights
 from .tiles import load_rows, logits, row_ptrs, sequence, store_rows, wide
 
 
@@ -81,13 +81,12 @@ def forward_kernel(
     tiles_seen = tl.cdiv(tl.minimum(first_end + BLOCK_M - 1, N), BLOCK_N)
 
     # Rows beyond M start with no stick left, so that they hold nobody up.
-    stick = tl.where(rows < rows_left, 1.0, 0.0)
     state = (
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
-        stick,
-        tl.zeros([BLOCK_M], tl.float32),
-        tl.zeros([BLOCK_M], tl.int32) + tiles_seen,
-        tl.zeros([BLOCK_M], tl.float32),
+        per_lane(tl.where(rows < rows_left, 1.0, 0.0), BLOCK_M),
+        tl.zeros([BLOCK_M, 2, 2], tl.float32),
+        tl.zeros([BLOCK_M, 2, 2], tl.int32) + tiles_seen,
+        tl.zeros([BLOCK_M, 2, 2], tl.float32),
     )
     state = attend_tiles(
         q, k_ptr, v_ptr, tiles_seen, tiles_full, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
@@ -95,7 +94,7 @@ def forward_kernel(
     )  # fmt: skip
     if SKIP:
         tiles_left = tiles_full
-        while (tiles_left > 0) & (tl.max(state[1], 0) >= skip_below):
+        while (tiles_left > 0) & (tl.max(state[1]) >= skip_below):
             stretch_end = tl.maximum(tiles_left - SKIP_EVERY, 0)
             state = attend_tiles(
                 q, k_ptr, v_ptr, tiles_left, stretch_end, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
@@ -111,6 +110,6 @@ def forward_kernel(
 
     store_rows(out_ptr, acc, rows, out_stride_m, rows_left, DV, BLOCK_DV)
     in_range = rows < rows_left
-    tl.store(remainder_ptr + stat + rows, stick, mask=in_range)
-    tl.store(oldest_tile_ptr + stat + rows, oldest_tile, mask=in_range)
-    tl.store(log2_oldest_ptr + stat + rows, log2_oldest, mask=in_range)
+    tl.store(remainder_ptr + stat + rows, per_row(stick), mask=in_range)
+    tl.store(oldest_tile_ptr + stat + rows, per_row(oldest_tile), mask=in_range)
+    tl.store(log2_oldest_ptr + stat + rows, per_row(log2_oldest), mask=in_range)

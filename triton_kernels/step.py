@@ -5,7 +5,8 @@ Equations are numbered as in sbkernels/reference.py. A tile holds BLOCK_M query 
 In the accumulator layout of mma and wgmma one thread owns, of a row, the columns with q = lane % 4, so that in this order it
 owns one contiguous run of BLOCK_N/4 keys: scans are thread-local trees and only the 4 run totals cross lanes.
 
-    shape names: a tile is [M, N], the same tile as runs is [M, 4, N/4], a statistic per row is [M]
+    shapes: a tile is [M, N]; the same tile as runs is [M, 4, N/4]; a statistic per row is [M, 2, 2], four equal copies, one
+    for each lane that holds a part of the row, so that no scan has to reduce what every lane already knows
 
 Two formulations, chosen by the constexpr LOG_SPACE:
     False  linear space, eq. (6) and (7): t = 1 - beta = 1/(1 + 2^s), beta = 2^s t, A = stick * prod(newer t) * beta.
@@ -101,29 +102,53 @@ def from_runs(x, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def split_pairs(x, M: tl.constexpr, R: tl.constexpr):
+    """Runs [M, 4, R] -> the older and the newer key of each pair, [M, 4, R/2]."""
+    return tl.split(tl.reshape(x, [M, 4, R // 2, 2]))
+
+
+@triton.jit
+def join_pairs(older, newer, M: tl.constexpr, R: tl.constexpr):
+    """The inverse of `split_pairs`."""
+    return tl.reshape(tl.join(older, newer), [M, 4, R])
+
+
+@triton.jit
 def _combine(a, b, SUM: tl.constexpr):
     return a + b if SUM else a * b
 
 
 @triton.jit
+def per_lane(x, M: tl.constexpr):
+    """[M] -> the [M, 2, 2] form of a statistic per row."""
+    return tl.broadcast_to(x[:, None, None], [M, 2, 2])
+
+
+@triton.jit
+def per_row(x):
+    """[M, 2, 2] form of a statistic per row -> [M]."""
+    return tl.max(tl.max(x, 2), 1)
+
+
+@triton.jit
 def spent_log2(total, LOG_SPACE: tl.constexpr):
-    """log2 (<= 0) of what a tile leaves of the stick, from its total [M] of `weights`."""
+    """log2 (<= 0) of what a tile leaves of the stick, from its total [M, 2, 2] of `weights`."""
     return -total if LOG_SPACE else log2(total)
 
 
 @triton.jit
 def scan_start(stick, LOG_SPACE: tl.constexpr):
-    """What the scan of a tile starts from: the stick on entry [M] or, in log space, -log2 of it."""
+    """What the scan of a tile starts from: the stick on entry [M, 2, 2] or, in log space, -log2 of it."""
     return -log2(stick) if LOG_SPACE else stick
 
 
 @triton.jit
 def chain_entry(total, chain, LOG_SPACE: tl.constexpr):
-    """Walking newer: log2 of the stick on entry of this tile, and the stick itself, both [M].
+    """Walking newer: log2 of the stick on entry of this tile, and the stick itself, both [M, 2, 2].
 
-    chain: log2_stick [M], the same of the next older tile or, up to the oldest tile in which the row had stick left, that
-    tile's own from the forward; age [M], this tile's index less that tile's (negative: no stick); at_newest [M], whether this
-    is the row's newest tile (a whole stick, which ends the drift of the sums).
+    chain, all [M, 2, 2]: log2_stick, the same of the next older tile or, up to the oldest tile in which the row had stick
+    left, that tile's own from the forward; age, this tile's index less that tile's (negative: no stick); at_newest, whether
+    this is the row's newest tile (a whole stick, which ends the drift of the sums).
     """
     log2_stick, age, at_newest = chain
     entry = tl.where(age > 0, log2_stick - spent_log2(total, LOG_SPACE), log2_stick)
@@ -132,70 +157,76 @@ def chain_entry(total, chain, LOG_SPACE: tl.constexpr):
 
 
 @triton.jit
-def _scan_run_totals(x, start, M: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl.constexpr, CHAIN: tl.constexpr):
-    """[M, 4, 1] run totals, one per lane -> their exclusive scan from start [M], and the row total [M].
+def _other(x, AXIS: tl.constexpr):
+    """x with the two elements of AXIS swapped, through one shuffle: the exclusive or of both, less one's own."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (tl.expand_dims(tl.xor_sum(bits, AXIS), AXIS) ^ bits).to(tl.float32, bitcast=True)
 
-    NOTE: sums with one non-zero term pick an element through shuffles alone; tl.associative_scan goes through shared memory
-    (9 to 12 % of the forward) and a division "inclusive / own" is NaN once a product has underflowed. start comes in while
-    the shape is [M, 2, 2]: later, the compiler re-lays the whole tile out (140 more shuffles a thread and tile).
+
+@triton.jit
+def _scan_run_totals(x, start, M: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl.constexpr, CHAIN: tl.constexpr):
+    """[M, 4, 1] run totals, one per lane -> their exclusive scan from start, and the row's total.
+
+    NOTE: tl.associative_scan goes through shared memory (9 to 12 % of the forward), and a division "inclusive / own" is NaN
+    once a product has underflowed. start comes in while the shape is [M, 2, 2]: later, the compiler re-lays the whole tile
+    out (140 more shuffles a thread and tile).
     """
     identity: tl.constexpr = 0.0 if SUM else 1.0
-    first = tl.arange(0, 2) == 0
+    takes = (tl.arange(0, 2) == 0) if DIRECTION == NEWER else (tl.arange(0, 2) == 1)  # which of two has the other ahead
     x = tl.reshape(x, [M, 2, 2])
-    older = tl.sum(tl.where(first[None, None, :], x, 0.0), 2)  # [M, 2]
-    newer = tl.sum(tl.where(first[None, None, :], 0.0, x), 2)
-    pair = _combine(older, newer, SUM)
-    older_pair = tl.sum(tl.where(first[None, :], pair, 0.0), 1)  # [M]
-    newer_pair = tl.sum(tl.where(first[None, :], 0.0, pair), 1)
-    total = _combine(older_pair, newer_pair, SUM)
+    other = _other(x, 2)
+    inner = tl.where(takes[None, None, :], other, identity)
+    pair = _combine(x, other, SUM)  # the same for both of a pair
+    other = _other(pair, 1)
+    outer = tl.where(takes[None, :, None], other, identity)
+    total = _combine(pair, other, SUM)  # the same for all four
     if CHAIN:
         log2_stick, stick = chain_entry(total, start, SUM)
         start = scan_start(stick, SUM)
-    if DIRECTION == NEWER:
-        inner = tl.where(first[None, None, :], newer[:, :, None], identity)
-        outer = tl.where(first[None, :], newer_pair[:, None], identity)
-    else:
-        inner = tl.where(first[None, None, :], identity, older[:, :, None])
-        outer = tl.where(first[None, :], identity, older_pair[:, None])
-    outer = _combine(outer, start[:, None], SUM)
-    return tl.reshape(_combine(inner, outer[:, :, None], SUM), [M, 4, 1]), total
+    return tl.reshape(_combine(inner, _combine(outer, start, SUM), SUM), [M, 4, 1]), total
 
 
 @triton.jit
 def scan(x, start, M: tl.constexpr, R: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl.constexpr, CHAIN: tl.constexpr):
-    """Exclusive scan of runs x [M, 4, R] towards DIRECTION, combined with start [M]; and the tile's total [M].
+    """Exclusive scan of runs x [M, 4, R] towards DIRECTION from start [M, 2, 2], and the tile's total [M, 2, 2].
 
     SUM: add, else multiply. CHAIN: start is the tuple `chain` of `chain_entry`.
     """
     if R == 1:
         return _scan_run_totals(x, start, M, DIRECTION, SUM, CHAIN)
     else:
-        older, newer = tl.split(tl.reshape(x, [M, 4, R // 2, 2]))
+        older, newer = split_pairs(x, M, R)
         pair, total = scan(_combine(older, newer, SUM), start, M, R // 2, DIRECTION, SUM, CHAIN)
         if DIRECTION == NEWER:
-            both = tl.join(_combine(pair, newer, SUM), pair)
+            return join_pairs(_combine(pair, newer, SUM), pair, M, R), total
         else:
-            both = tl.join(pair, _combine(pair, older, SUM))
-        return tl.reshape(both, [M, 4, R]), total
+            return join_pairs(pair, _combine(pair, older, SUM), M, R), total
 
 
 @triton.jit
 def weights(s, start, M: tl.constexpr, N: tl.constexpr, CHAIN: tl.constexpr, LOG_SPACE: tl.constexpr):
     """Eq. (2), (3) and (6), (7) on base-2 logits s [M, N]; -inf marks an invisible key.
 
-    Returns runs [M, 4, N/4] of A, of 2^s and of 1 - beta (in log space: of s and softplus2(s)), and the tile's total [M]:
-    prod(1 - beta) or, in log space, sum(softplus2(s)).
+    Returns runs [M, 4, N/4] of A, of 2^s and of 1 - beta (in log space: of s and softplus2(s)), and the tile's total
+    [M, 2, 2]: prod(1 - beta) or, in log space, sum(softplus2(s)).
     """
+    R: tl.constexpr = N // 4
     s = to_runs(s, M, N)
     if LOG_SPACE:
         softplus = softplus2(s)
-        newer, total = scan(softplus, start, M, N // 4, NEWER, True, CHAIN)
+        newer, total = scan(softplus, start, M, R, NEWER, True, CHAIN)
         return exp2(s - softplus - newer), s, softplus, total
     else:
         e = exp2(tl.minimum(s, MAX_LOGIT2, propagate_nan=tl.PropagateNan.ALL))
         t = reciprocal(1.0 + e)
-        stick, total = scan(t, start, M, N // 4, NEWER, False, CHAIN)
-        return stick * (e * t), e, t, total
+        # The last level of the scan by hand: A = 2^s times the stick left *after* a key, which the newer of two keys shares
+        # with the older one's stick before it. One product less for every second logit than stick before it times beta.
+        e_older, e_newer = split_pairs(e, M, R)
+        t_older, t_newer = split_pairs(t, M, R)
+        stick, total = scan(t_older * t_newer, start, M, R // 2, NEWER, False, CHAIN)
+        after_newer = stick * t_newer
+        A = join_pairs((after_newer * t_older) * e_older, after_newer * e_newer, M, R)
+        return A, e, t, total
 
 
 @triton.jit
@@ -203,9 +234,9 @@ def logit_gradient(
     A, e, t, dA, older_sum, one,
     M: tl.constexpr, N: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (8) and (9): dz [M, N] from the runs of `weights`, dA = do v^T [M, N] and, per row, dr r + sum(a over older tiles).
+    """Eq. (8) and (9): dz [M, N] from the runs of `weights`, dA = do v^T [M, N] and dr r + sum(a over older tiles) [M, 2, 2].
 
-    Returns dz and the row's sum with this tile added. RECOMPUTE takes 1 - beta from 2^s again, so that 32 registers less live
+    Returns dz and that sum with this tile added. RECOMPUTE takes 1 - beta from 2^s again, so that 32 registers less live
     through the product dA; one is 1.0 as a run-time value, without which the compiler undoes that.
     """
     a = A * to_runs(dA, M, N)

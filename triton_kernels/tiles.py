@@ -72,3 +72,10 @@ def logits(q, k, scale_log2, key_begin, offsets, row_end, MASKED: tl.constexpr):
 def state_ptrs(ptr, row, rows):
     """[M, 2] pointers to the stick on entry of a tile and the sum over older tiles, side by side for each row."""
     return ptr + row * 2 + rows[:, None] * 2 + tl.arange(0, 2)[None, :]
+
+
+@triton.jit
+def side_by_side(a, b):
+    """Two statistics per row [M, 2, 2] -> [M, 2], as `state_ptrs` lays them out."""
+    first = tl.arange(0, 2) == 0
+    return tl.max(tl.where(first[None, None, :], a, b), 1)
