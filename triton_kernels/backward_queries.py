@@ -39,11 +39,11 @@ def gather_tiles(
         v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, MASKED)
         s = logits(q, k, scale_log2, begin, offsets, row_end, MASKED)
         chain = (log2_stick, tile - oldest_tile, begin + BLOCK_N >= lane_end)
-        A, e, t, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
+        A, e, rest, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
         log2_stick, stick = chain_entry(total, chain, LOG_SPACE)
         tl.store(state_ptrs(state_ptr, wide(tile) * chunk_rows, rows), side_by_side(stick, older_sum), mask=in_range[:, None])
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
-        dz, older_sum = logit_gradient(A, e, t, dA, older_sum, one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
+        dz, older_sum = logit_gradient(A, e, rest, dA, older_sum, one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
         dq = tl.dot(dz.to(k.dtype), k, dq)
     return dq, log2_stick, older_sum
 

@@ -6,8 +6,8 @@
            row still had stick left, and log2 of that stick on entry): what the backward's walk starts from
     VARLEN: cu_seqlens [B + 1] cuts one token dimension; tensors are [1, H, T, ...] views and M = N per sequence
 
-Two loops: the tiles on the diagonal, masked, then the tiles every row sees. With SKIP the second runs in stretches of
-SKIP_EVERY tiles and ends once every row's stick is below skip_below; a `break` per tile would cost the software pipeline.
+With SKIP the tiles go by in stretches, each as long as all before it and the first SKIP_FIRST tiles long, and end once every
+row's stick is below skip_below: a look at the sticks ends the software pipeline, which costs a third at every fourth tile.
 """
 
 import triton
@@ -37,7 +37,7 @@ def attend_tiles(
         s = logits(q, k, scale_log2, begin, offsets, row_end, MASKED)
         oldest_tile = tl.where(stick > 0.0, tile, oldest_tile)
         log2_oldest = tl.where(stick > 0.0, log2_stick, log2_oldest)
-        A, e, t, total = weights(s, scan_start(stick, LOG_SPACE), BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        A, e, rest, total = weights(s, scan_start(stick, LOG_SPACE), BLOCK_M, BLOCK_N, False, LOG_SPACE)
         log2_stick += spent_log2(total, LOG_SPACE)
         stick = exp2(log2_stick) if LOG_SPACE else stick * total
         stick = tl.where(stick < MIN_STICK, 0.0, stick)
@@ -54,7 +54,7 @@ def forward_kernel(
     q_stride_m: tl.constexpr, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, out_stride_m: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
-    SKIP: tl.constexpr, SKIP_EVERY: tl.constexpr, LOG_SPACE: tl.constexpr,
+    SKIP: tl.constexpr, SKIP_FIRST: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     m_blocks = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -95,7 +95,7 @@ def forward_kernel(
     if SKIP:
         tiles_left = tiles_full
         while (tiles_left > 0) & (tl.max(state[1]) >= skip_below):
-            stretch_end = tl.maximum(tiles_left - SKIP_EVERY, 0)
+            stretch_end = tl.maximum(tiles_left - tl.maximum(tiles_full - tiles_left, SKIP_FIRST), 0)
             state = attend_tiles(
                 q, k_ptr, v_ptr, tiles_left, stretch_end, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOG_SPACE,

@@ -9,8 +9,9 @@ owns one contiguous run of BLOCK_N/4 keys: scans are thread-local trees and only
     for each lane that holds a part of the row, so that no scan has to reduce what every lane already knows
 
 Two formulations, chosen by the constexpr LOG_SPACE:
-    False  linear space, eq. (6) and (7): t = 1 - beta = 1/(1 + 2^s), beta = 2^s t, A = stick * prod(newer t) * beta.
-           Two special functions a logit. Products only shrink, so an underflow to 0 means "stick used up".
+    False  linear space, eq. (6) and (7): u = 1 + 2^s, and one reciprocal serves a pair of keys: 1/(u_older u_newer) is the
+           pair's share of the product and, times the other u, each key's 1 - beta. A = 2^s times the stick after the key.
+           1.5 special functions a logit. Products only shrink, so an underflow to 0 means "stick used up".
     True   log space, the paper's: softplus2 in PTX, A = 2^(s - softplus2(s) - sum(newer softplus2)). Four.
 """
 
@@ -21,10 +22,11 @@ import triton.language as tl
 
 # Triton's interpreter has no inline assembly; there the same functions run through tl's own operations.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-# A stick below this counts as used up, exactly 0: nothing that small shows in any output dtype.
-MIN_STICK = tl.constexpr(2.0**-64)
-# Base-2 logits are cut here: one such key leaves MIN_STICK of a stick, and 2^s times a sum of gradients stays finite.
-MAX_LOGIT2 = tl.constexpr(64.0)
+# Base-2 logits are cut here: (1 + 2^63)^2 and its reciprocal are normal float32 numbers, and 2^s times a sum of gradients
+# stays finite. 1 - beta and A are right to 2^-63 of a stick.
+MAX_LOGIT2 = tl.constexpr(63.0)
+# A stick below this counts as used up, exactly 0: what one key beyond MAX_LOGIT2 leaves, and invisible in any output dtype.
+MIN_STICK = tl.constexpr(2.0**-62)
 # softplus2(s) = s to float32 rounding from here on (log2(1 + 2^-s) < 2^-23 s); the paper's constant.
 SOFTPLUS_LINEAR = tl.constexpr(15.0)
 
@@ -207,8 +209,9 @@ def scan(x, start, M: tl.constexpr, R: tl.constexpr, DIRECTION: tl.constexpr, SU
 def weights(s, start, M: tl.constexpr, N: tl.constexpr, CHAIN: tl.constexpr, LOG_SPACE: tl.constexpr):
     """Eq. (2), (3) and (6), (7) on base-2 logits s [M, N]; -inf marks an invisible key.
 
-    Returns runs [M, 4, N/4] of A, of 2^s and of 1 - beta (in log space: of s and softplus2(s)), and the tile's total
-    [M, 2, 2]: prod(1 - beta) or, in log space, sum(softplus2(s)).
+    Returns A as runs [M, 4, N/4]; what `logit_gradient` wants: runs of 2^s and, for each pair of keys, 1/(u_older u_newer)
+    [M, 4, N/8] (in log space: runs of s and of softplus2(s)); and the tile's total [M, 2, 2]: prod(1 - beta) or, in log space,
+    sum(softplus2(s)).
     """
     R: tl.constexpr = N // 4
     s = to_runs(s, M, N)
@@ -218,33 +221,33 @@ def weights(s, start, M: tl.constexpr, N: tl.constexpr, CHAIN: tl.constexpr, LOG
         return exp2(s - softplus - newer), s, softplus, total
     else:
         e = exp2(tl.minimum(s, MAX_LOGIT2, propagate_nan=tl.PropagateNan.ALL))
-        t = reciprocal(1.0 + e)
-        # The last level of the scan by hand: A = 2^s times the stick left *after* a key, which the newer of two keys shares
-        # with the older one's stick before it. One product less for every second logit than stick before it times beta.
-        e_older, e_newer = split_pairs(e, M, R)
-        t_older, t_newer = split_pairs(t, M, R)
-        stick, total = scan(t_older * t_newer, start, M, R // 2, NEWER, False, CHAIN)
-        after_newer = stick * t_newer
-        A = join_pairs((after_newer * t_older) * e_older, after_newer * e_newer, M, R)
-        return A, e, t, total
+        older, newer = split_pairs(e, M, R)
+        rest = reciprocal((1.0 + older) * (1.0 + newer))
+        stick, total = scan(rest, start, M, R // 2, NEWER, False, CHAIN)
+        after_newer = stick * (rest + rest * older)
+        after_older = stick * rest
+        return join_pairs(after_older * older, after_newer * newer, M, R), e, rest, total
 
 
 @triton.jit
 def logit_gradient(
-    A, e, t, dA, older_sum, one,
+    A, e, rest, dA, older_sum, one,
     M: tl.constexpr, N: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (8) and (9): dz [M, N] from the runs of `weights`, dA = do v^T [M, N] and dr r + sum(a over older tiles) [M, 2, 2].
+    """Eq. (8) and (9): dz [M, N] from what `weights` returned, dA = do v^T [M, N] and dr r + sum(a over older tiles) [M, 2, 2].
 
-    Returns dz and that sum with this tile added. RECOMPUTE takes 1 - beta from 2^s again, so that 32 registers less live
-    through the product dA; one is 1.0 as a run-time value, without which the compiler undoes that.
+    Returns dz and that sum with this tile added. RECOMPUTE takes the reciprocals from 2^s again, so that 16 registers less
+    live through the product dA; one is 1.0 as a run-time value, without which the compiler undoes that.
     """
+    R: tl.constexpr = N // 4
     a = A * to_runs(dA, M, N)
-    older, total = scan(a, older_sum, M, N // 4, OLDER, True, False)
+    older_a, total = scan(a, older_sum, M, R, OLDER, True, False)
     if LOG_SPACE:
-        dz = a * exp2(-t) - exp2(e - t) * older
+        dz = a * exp2(-rest) - exp2(e - rest) * older_a
     else:
+        older, newer = split_pairs(e, M, R)
         if RECOMPUTE:
-            t = reciprocal(e * one + one)
-        dz = (a - e * older) * t
+            rest = reciprocal((older * one + one) * (newer * one + one))
+        t = join_pairs(rest + rest * newer, rest + rest * older, M, R)  # 1 - beta
+        dz = (a - e * older_a) * t
     return from_runs(dz, M, N), older_sum + total

@@ -60,11 +60,23 @@ def store_rows(ptr, tile, rows, stride: tl.constexpr, count, D: tl.constexpr, BL
 
 
 @triton.jit
-def logits(q, k, scale_log2, key_begin, offsets, row_end, MASKED: tl.constexpr):
-    """Eq. (1) in base 2, s [M, N] with columns in the order of `offsets`; -inf where the row does not see the key."""
+def keep(x):
+    """x, at a place the compiler may not move it from."""
+    if INTERPRET:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def logits(q, k, scale_log2, key_begin, offsets, row_end, on_diagonal):
+    """Eq. (1) in base 2, s [M, N] with columns in the order of `offsets`; -inf where the row does not see the key.
+
+    NOTE: `keep` makes the test of on_diagonal a branch; without it the mask is computed and applied in every tile.
+    """
     s = tl.dot(q, tl.trans(k)) * scale_log2
-    if MASKED:
-        s = tl.where((key_begin + offsets)[None, :] < row_end[:, None], s, float("-inf"))
+    if on_diagonal:
+        s = keep(tl.where((key_begin + offsets)[None, :] < row_end[:, None], s, float("-inf")))
     return s
 
 

@@ -36,13 +36,13 @@ STATE_BYTES = 8  # two float32 a (row, key tile)
 
 @dataclasses.dataclass(frozen=True)
 class TritonForward:
-    """Tile sizes and launch options of the forward kernel; SKIP_EVERY: key tiles between two looks at the sticks."""
+    """Tile sizes and launch options of the forward kernel; SKIP_FIRST: key tiles up to the first look at the sticks."""
 
     BLOCK_M: int
     BLOCK_N: int
     NUM_WARPS: int
     NUM_STAGES: int
-    SKIP_EVERY: int = 4
+    SKIP_FIRST: int = 4
     LOG_SPACE: bool = False
 
 
@@ -58,6 +58,7 @@ class TritonBackward:
     KEYS_NUM_STAGES: int
     QUERIES_RECOMPUTE: bool = False
     KEYS_RECOMPUTE: bool = False
+    KEYS_TRANSPOSED: bool = False
     LOG_SPACE: bool = False
 
 
@@ -111,7 +112,7 @@ class TritonBackend(Backend):
                 return f"{field}={value}: expected a power of two from 16 to 256"
             if field.endswith("WARPS") and value not in (1, 2, 4, 8, 16):
                 return f"{field}={value}: expected a power of two up to 16"
-            if field.endswith(("STAGES", "EVERY")) and not 1 <= value <= 64:
+            if field.endswith(("STAGES", "FIRST")) and not 1 <= value <= 64:
                 return f"{field}={value}: expected 1 to 64"
         if config.BLOCK_N < 32:
             return f"BLOCK_N={config.BLOCK_N}: a row's keys are 4 runs of at least 8"
@@ -228,7 +229,7 @@ def plan_forward(call: Call, config: TritonForward, out, remainder, oldest_tile,
         "oldest_tile_ptr": oldest_tile,
         "log2_oldest_ptr": log2_oldest,
         "skip_below": float(call.skip_below),
-        "SKIP_EVERY": config.SKIP_EVERY,
+        "SKIP_FIRST": config.SKIP_FIRST,
     }
     programs = triton.cdiv(problem.queries, config.BLOCK_M) * problem.batch * problem.heads
     return Launch(forward_kernel, programs, arguments, config.NUM_WARPS, config.NUM_STAGES)
@@ -277,6 +278,7 @@ def plan_backward(
         **_strides(q=call.q, k=call.k, v=call.v, dout=dout, dk=dk, dv=dv),
         "dk_ptr": dk,
         "RECOMPUTE": config.KEYS_RECOMPUTE,
+        "TRANSPOSED": config.KEYS_TRANSPOSED,
         "dv_ptr": dv,
         "dk_sum_ptr": sums[0],
         "dv_sum_ptr": sums[1],
