@@ -20,10 +20,10 @@ from .tiles import load_rows, logits, row_ptrs, sequence, side_by_side, state_pt
 
 @triton.jit
 def gather_tiles(
-    q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tile_hi, row_end, N, scale_log2, oldest_tile, carried,
+    q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tiles_full, tile_hi, row_end, N, scale_log2, oldest_tile, carried,
     chunk_rows, in_range, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
+    EVEN_N: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     """Visit key tiles tile_lo to tile_hi - 1; row_end [BLOCK_M] is each row's first invisible key."""
     dq, log2_stick, older_sum = carried
@@ -33,11 +33,11 @@ def gather_tiles(
     v_ptrs = row_ptrs(v_ptr, offsets, v_stride_n, BLOCK_DV)
     lane_end = per_lane(row_end, BLOCK_M)
     one = tl.where(N > 0, 1.0, 2.0)
-    for tile in tl.range(tile_lo, tile_hi, num_stages=1 if MASKED else None):
+    for tile in range(tile_lo, tile_hi):
         begin = tile * BLOCK_N
-        k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, MASKED)
-        v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, MASKED)
-        s = logits(q, k, scale_log2, begin, offsets, row_end, MASKED)
+        k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, not EVEN_N)
+        v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, not EVEN_N)
+        s = logits(q, k, scale_log2, begin, offsets, row_end, tile >= tiles_full)
         chain = (log2_stick, tile - oldest_tile, begin + BLOCK_N >= lane_end)
         A, e, rest, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
         log2_stick, stick = chain_entry(total, chain, LOG_SPACE)
@@ -59,7 +59,7 @@ def backward_queries_kernel(
     dq_stride_m: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
-    SKIP: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
+    EVEN_N: tl.constexpr, SKIP: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     chunk_blocks = tl.cdiv(chunk_rows, BLOCK_M)
     pid = tl.program_id(0)
@@ -105,13 +105,8 @@ def backward_queries_kernel(
         per_lane(dremainder * remainder, BLOCK_M),
     )
     carried = gather_tiles(
-        q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tiles_full, row_end, N, scale_log2,
+        q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tiles_full, tiles_seen, row_end, N, scale_log2,
         oldest_tile, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, RECOMPUTE, LOG_SPACE,
-    )  # fmt: skip
-    carried = gather_tiles(
-        q, dout, k_ptr, v_ptr, state_ptr, tl.maximum(tile_lo, tiles_full), tiles_seen, row_end, N,
-        scale_log2, oldest_tile, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, RECOMPUTE, LOG_SPACE,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_N, RECOMPUTE, LOG_SPACE,
     )  # fmt: skip
     store_rows(dq_ptr, carried[0] * scale, rows, dq_stride_m, rows_left, D, BLOCK_D)

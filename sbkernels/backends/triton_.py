@@ -271,6 +271,7 @@ def plan_backward(
         "oldest_tile_ptr": oldest_tile,
         "log2_oldest_ptr": log2_oldest,
         "dq_ptr": dq,
+        "EVEN_N": not problem.varlen and problem.keys % config.BLOCK_N == 0,
         "RECOMPUTE": config.QUERIES_RECOMPUTE,
     }
     keys = {
