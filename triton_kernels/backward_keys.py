@@ -53,13 +53,14 @@ def sum_tile(ptr, row, rows, count, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOC
 
 @triton.jit
 def gather_rows(
-    k, v, q_ptr, dout_ptr, state_ptr, block_oldest_ptr, tile, block_lo, block_full, block_hi, row_begin, first_end, M,
+    k, v, q_ptr, dout_ptr, state_ptr, block_oldest_ptr, tile, block_lo, block_full, block_hi, keys_seen, M,
     scale_log2, gradients,
     q_stride_m: tl.constexpr, dout_stride_m: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     EVEN_M: tl.constexpr, SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
-    """Visit query blocks block_lo to block_hi - 1 of the chunk; row m of the sequence sees keys below first_end + m."""
+    """Visit query blocks block_lo to block_hi - 1 of the chunk, which has M rows; row m sees the tile's
+    first keys_seen + m keys."""
     dk, dv = gradients
     offsets = key_offsets(BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
@@ -67,17 +68,16 @@ def gather_rows(
     dout_ptrs = row_ptrs(dout_ptr, rows, dout_stride_m, BLOCK_DV)
     one = tl.where(M > 0, 1.0, 2.0)
     for block in range(block_lo, block_hi):
-        chunk_row = block * BLOCK_M
-        m_begin = row_begin + chunk_row
+        m_begin = block * BLOCK_M
         q = load_rows(q_ptrs + wide(m_begin) * q_stride_m, rows, M - m_begin, D, BLOCK_D, not EVEN_M)
         dout = load_rows(dout_ptrs + wide(m_begin) * dout_stride_m, rows, M - m_begin, DV, BLOCK_DV, not EVEN_M)
         if EVEN_M and not SKIP:
-            state = tl.load(state_ptrs(state_ptr, chunk_row, rows))
+            state = tl.load(state_ptrs(state_ptr, m_begin, rows))
         else:
             visits = (rows < M - m_begin) & (tl.load(block_oldest_ptr + block) <= tile if SKIP else True)
-            state = tl.load(state_ptrs(state_ptr, chunk_row, rows), mask=visits[:, None], other=0.0)
+            state = tl.load(state_ptrs(state_ptr, m_begin, rows), mask=visits[:, None], other=0.0)
         stick, older_sum = tl.split(state)
-        s = logits(q, k, scale_log2, tile * BLOCK_N, offsets, first_end + m_begin + rows, block < block_full)
+        s = logits(q, k, scale_log2, offsets, keys_seen + m_begin + rows, block < block_full)
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
         start = scan_start(per_lane(stick, BLOCK_M), LOG_SPACE)
         A, e, rest, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
@@ -85,6 +85,15 @@ def gather_rows(
         dz, older_sum = logit_gradient(A, e, rest, dA, per_lane(older_sum, BLOCK_M), one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
         dk = add_product(dk, dz.to(q.dtype), q, TRANSPOSED)
     return dk, dv
+
+
+@triton.jit
+def locate(pid, unit_begin, key_tiles, key_heads):
+    """Program number -> pair within the chunk, key tile, batch entry, key head."""
+    unit = pid // key_tiles
+    b = ((unit_begin + unit) // key_heads).to(tl.int64)
+    h = ((unit_begin + unit) % key_heads).to(tl.int64)
+    return unit, pid % key_tiles, b, h
 
 
 @triton.jit
@@ -98,21 +107,17 @@ def backward_keys_kernel(
     dk_stride_n: tl.constexpr, dv_stride_n: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
-    EVEN_M: tl.constexpr, FIRST_ROWS: tl.constexpr, LAST_ROWS: tl.constexpr, SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
+    EVEN_M: tl.constexpr, FIRST_ROWS: tl.constexpr, LAST_ROWS: tl.constexpr, SKIP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    unit = pid // key_tiles
-    tile = pid % key_tiles
-    key_heads = H // GROUP
-    b = ((unit_begin + unit) // key_heads).to(tl.int64)
-    h = ((unit_begin + unit) % key_heads).to(tl.int64)
+    unit, tile, b, h = locate(tl.program_id(0), unit_begin, key_tiles, H // GROUP)
     token, sequence_M, sequence_N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
     begin = tile * BLOCK_N
     if begin >= sequence_N:
         return
     batch = 0 if VARLEN else b
-    q_ptr += batch * q_stride_b + token * q_stride_m
-    dout_ptr += batch * dout_stride_b + token * dout_stride_m
+    q_ptr += batch * q_stride_b + (token + row_begin) * q_stride_m
+    dout_ptr += batch * dout_stride_b + (token + row_begin) * dout_stride_m
     k_ptr += batch * k_stride_b + h * k_stride_h + (token + begin) * k_stride_n
     v_ptr += batch * v_stride_b + h * v_stride_h + (token + begin) * v_stride_n
     sum_row = unit.to(tl.int64) * N + begin
@@ -126,12 +131,13 @@ def backward_keys_kernel(
         sum_tile(dv_sum_ptr, sum_row, offsets, keys_left, DV, BLOCK_N, BLOCK_DV, FIRST_ROWS, TRANSPOSED),
     )
 
-    # Row m sees the tile's first key from m = begin - first_end + 1 on, and all of it from m = begin + BLOCK_N - first_end on.
-    first_end = sequence_N - sequence_M + (1 if ATTEND_CURRENT else 0)
-    chunk_M = tl.minimum(sequence_M - row_begin, chunk_rows)
-    blocks = tl.cdiv(tl.maximum(chunk_M, 0), BLOCK_M)
-    block_first = tl.maximum(begin - first_end + 1 - row_begin, 0) // BLOCK_M
-    block_full = tl.cdiv(tl.maximum(begin + BLOCK_N - first_end - row_begin, 0), BLOCK_M)
+    # Rows count from the chunk's first. Row m sees the tile's first key from m = begin - first_end + 1 on, and all of the tile
+    # from m = begin + BLOCK_N - first_end on.
+    rows_left = sequence_M - row_begin
+    first_end = sequence_N - rows_left + (1 if ATTEND_CURRENT else 0)
+    blocks = tl.cdiv(tl.maximum(tl.minimum(rows_left, chunk_rows), 0), BLOCK_M)
+    block_first = tl.maximum(begin - first_end + 1, 0) // BLOCK_M
+    block_full = tl.cdiv(tl.maximum(begin + BLOCK_N - first_end, 0), BLOCK_M)
     chunk_blocks = tl.cdiv(chunk_rows, BLOCK_M)
     for g in range(GROUP):
         head = h * GROUP + g
@@ -141,17 +147,25 @@ def backward_keys_kernel(
         state = (chunk_head * key_tiles + tile) * chunk_rows
         gradients = gather_rows(
             k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, state_ptr + state * 2, oldest_ptr,
-            tile, block_first, block_full, blocks_end, row_begin, first_end, sequence_M, scale_log2, gradients,
+            tile, block_first, block_full, blocks_end, first_end - begin, rows_left, scale_log2, gradients,
             q_stride_m, dout_stride_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, SKIP, TRANSPOSED, RECOMPUTE, LOG_SPACE,
         )  # fmt: skip
     dk, dv = gradients
     if TRANSPOSED:
         dk, dv = tl.trans(dk), tl.trans(dv)
+    # NOTE: found again from numbers the compiler cannot trace, so that none of this takes registers through the loop: with it
+    # and D = 128, the loop spills.
+    unit, tile, b, h = locate(wide(tl.program_id(0)).to(tl.int32), unit_begin, key_tiles, H // GROUP)
+    batch = 0 if VARLEN else b
+    begin = tile * BLOCK_N
+    keys_left = sequence_N - begin
+    offsets = key_offsets(BLOCK_N) + wide(0).to(tl.int32)
     if LAST_ROWS:
         dk_ptr += batch * dk_stride_b + h * dk_stride_h + (token + begin) * dk_stride_n
         dv_ptr += batch * dv_stride_b + h * dv_stride_h + (token + begin) * dv_stride_n
         store_rows(dk_ptr, dk * scale, offsets, dk_stride_n, keys_left, D, BLOCK_D)
         store_rows(dv_ptr, dv, offsets, dv_stride_n, keys_left, DV, BLOCK_DV)
     else:
+        sum_row = unit.to(tl.int64) * N + begin
         store_rows(dk_sum_ptr + sum_row * D, dk, offsets, D, keys_left, D, BLOCK_D)
         store_rows(dv_sum_ptr + sum_row * DV, dv, offsets, DV, keys_left, DV, BLOCK_DV)

@@ -37,7 +37,7 @@ def gather_tiles(
         begin = tile * BLOCK_N
         k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, not EVEN_N)
         v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, not EVEN_N)
-        s = logits(q, k, scale_log2, begin, offsets, row_end, tile >= tiles_full)
+        s = logits(q, k, scale_log2, offsets, row_end - begin, tile >= tiles_full)
         chain = (log2_stick, tile - oldest_tile, begin + BLOCK_N >= lane_end)
         A, e, rest, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
         log2_stick, stick = chain_entry(total, chain, LOG_SPACE)

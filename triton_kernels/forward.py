@@ -34,7 +34,7 @@ def attend_tiles(
         begin = tile * BLOCK_N
         k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, MASKED)
         v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, MASKED)
-        s = logits(q, k, scale_log2, begin, offsets, row_end, MASKED)
+        s = logits(q, k, scale_log2, offsets, row_end - begin, MASKED)
         oldest_tile = tl.where(stick > 0.0, tile, oldest_tile)
         log2_oldest = tl.where(stick > 0.0, log2_stick, log2_oldest)
         A, e, rest, total = weights(s, scan_start(stick, LOG_SPACE), BLOCK_M, BLOCK_N, False, LOG_SPACE)

@@ -69,14 +69,15 @@ def keep(x):
 
 
 @triton.jit
-def logits(q, k, scale_log2, key_begin, offsets, row_end, on_diagonal):
-    """Eq. (1) in base 2, s [M, N] with columns in the order of `offsets`; -inf where the row does not see the key.
+def logits(q, k, scale_log2, offsets, keys_seen, on_diagonal):
+    """Eq. (1) in base 2, s [M, N] with columns in the order of `offsets`; -inf where a row does not see the key,
+    which it does where offsets < keys_seen [M].
 
     NOTE: `keep` makes the test of on_diagonal a branch; without it the mask is computed and applied in every tile.
     """
     s = tl.dot(q, tl.trans(k)) * scale_log2
     if on_diagonal:
-        s = keep(tl.where((key_begin + offsets)[None, :] < row_end[:, None], s, float("-inf")))
+        s = keep(tl.where(offsets[None, :] < keys_seen[:, None], s, float("-inf")))
     return s
 
 
