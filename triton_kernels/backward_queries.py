@@ -23,7 +23,7 @@ def gather_tiles(
     q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tiles_full, tile_hi, row_end, N, scale_log2, oldest_tile, carried,
     chunk_rows, in_range, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EVEN_N: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
+    EVEN_N: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     """Visit key tiles tile_lo to tile_hi - 1; row_end [BLOCK_M] is each row's first invisible key."""
     dq, log2_stick, older_sum = carried
@@ -43,7 +43,7 @@ def gather_tiles(
         log2_stick, stick = chain_entry(total, chain, LOG_SPACE)
         tl.store(state_ptrs(state_ptr, wide(tile) * chunk_rows, rows), side_by_side(stick, older_sum), mask=in_range[:, None])
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
-        dz, older_sum = logit_gradient(A, e, rest, dA, older_sum, one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
+        dz, older_sum = logit_gradient(A, e, rest, dA, older_sum, one, BLOCK_M, BLOCK_N, False, LOG_SPACE)
         dq = tl.dot(dz.to(k.dtype), k, dq)
     return dq, log2_stick, older_sum
 
@@ -59,7 +59,7 @@ def backward_queries_kernel(
     dq_stride_m: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
-    EVEN_N: tl.constexpr, SKIP: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
+    EVEN_N: tl.constexpr, SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     chunk_blocks = tl.cdiv(chunk_rows, BLOCK_M)
     pid = tl.program_id(0)
@@ -107,6 +107,6 @@ def backward_queries_kernel(
     carried = gather_tiles(
         q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tiles_full, tiles_seen, row_end, N, scale_log2,
         oldest_tile, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_N, RECOMPUTE, LOG_SPACE,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_N, LOG_SPACE,
     )  # fmt: skip
     store_rows(dq_ptr, carried[0] * scale, rows, dq_stride_m, rows_left, D, BLOCK_D)

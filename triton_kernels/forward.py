@@ -19,10 +19,10 @@ from .tiles import load_rows, logits, row_ptrs, sequence, store_rows, wide
 
 @triton.jit
 def attend_tiles(
-    q, k_ptr, v_ptr, tile_hi, tile_lo, row_end, N, scale_log2, state,
+    q, k_ptr, v_ptr, tile_hi, tile_lo, tiles_full, row_end, N, scale_log2, state,
     k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr, LOG_SPACE: tl.constexpr,
+    EVEN_N: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     """Visit key tiles tile_hi - 1 down to tile_lo; row_end [BLOCK_M] is each row's first invisible key."""
     acc, stick, log2_stick, oldest_tile, log2_oldest = state
@@ -32,9 +32,9 @@ def attend_tiles(
     for i in range(0, tile_hi - tile_lo):
         tile = tile_hi - 1 - i
         begin = tile * BLOCK_N
-        k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, MASKED)
-        v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, MASKED)
-        s = logits(q, k, scale_log2, offsets, row_end - begin, MASKED)
+        k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, not EVEN_N)
+        v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, not EVEN_N)
+        s = logits(q, k, scale_log2, offsets, row_end - begin, tile >= tiles_full)
         oldest_tile = tl.where(stick > 0.0, tile, oldest_tile)
         log2_oldest = tl.where(stick > 0.0, log2_stick, log2_oldest)
         A, e, rest, total = weights(s, scan_start(stick, LOG_SPACE), BLOCK_M, BLOCK_N, False, LOG_SPACE)
@@ -54,7 +54,7 @@ def forward_kernel(
     q_stride_m: tl.constexpr, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, out_stride_m: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
-    SKIP: tl.constexpr, SKIP_FIRST: tl.constexpr, LOG_SPACE: tl.constexpr,
+    EVEN_N: tl.constexpr, SKIP: tl.constexpr, SKIP_FIRST: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     m_blocks = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -88,23 +88,19 @@ def forward_kernel(
         tl.zeros([BLOCK_M, 2, 2], tl.int32) + tiles_seen,
         tl.zeros([BLOCK_M, 2, 2], tl.float32),
     )
-    state = attend_tiles(
-        q, k_ptr, v_ptr, tiles_seen, tiles_full, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, LOG_SPACE,
-    )  # fmt: skip
     if SKIP:
-        tiles_left = tiles_full
+        tiles_left = tiles_seen
         while (tiles_left > 0) & (tl.max(state[1]) >= skip_below):
-            stretch_end = tl.maximum(tiles_left - tl.maximum(tiles_full - tiles_left, SKIP_FIRST), 0)
+            stretch_end = tl.maximum(tiles_left - tl.maximum(tiles_seen - tiles_left, SKIP_FIRST), 0)
             state = attend_tiles(
-                q, k_ptr, v_ptr, tiles_left, stretch_end, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOG_SPACE,
+                q, k_ptr, v_ptr, tiles_left, stretch_end, tiles_full, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_N, LOG_SPACE,
             )  # fmt: skip
             tiles_left = stretch_end
     else:
         state = attend_tiles(
-            q, k_ptr, v_ptr, tiles_full, 0, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
-            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, LOG_SPACE,
+            q, k_ptr, v_ptr, tiles_seen, 0, tiles_full, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_N, LOG_SPACE,
         )  # fmt: skip
     acc, stick, log2_stick, oldest_tile, log2_oldest = state
 

@@ -48,7 +48,11 @@ class TritonForward:
 
 @dataclasses.dataclass(frozen=True)
 class TritonBackward:
-    """Tile sizes shared by the two backward kernels, and each one's launch options (queries: dq; keys: dk and dv)."""
+    """Tile sizes shared by the two backward kernels, and each one's launch options (queries: dq; keys: dk and dv).
+
+    BLOCK_N must be the forward's: what it saved counts in its tiles. KEYS_RECOMPUTE and KEYS_TRANSPOSED: see
+    logit_gradient in triton_kernels/step.py and add_product in triton_kernels/backward_keys.py.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -56,7 +60,6 @@ class TritonBackward:
     QUERIES_NUM_STAGES: int
     KEYS_NUM_WARPS: int
     KEYS_NUM_STAGES: int
-    QUERIES_RECOMPUTE: bool = False
     KEYS_RECOMPUTE: bool = False
     KEYS_TRANSPOSED: bool = False
     LOG_SPACE: bool = False
@@ -169,16 +172,26 @@ def _on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def default_config(problem: Problem, capability: tuple[int, int]):
-    """Configs that compile without spills and within the shared memory of the architecture; measured on an H100."""
-    dim = max(problem.head_dim, problem.value_dim)
+# (from this capability on, up to this head dim) -> default configs, first match; every line compiles without spills for its
+# architecture, which tests/test_ahead_of_time.py holds it to. The sm_90 lines are the fastest of those measured on an H100.
+DEFAULTS = {
+    (9, 64): (TritonForward(64, 64, 4, 3), TritonBackward(64, 64, 4, 3, 4, 3, KEYS_TRANSPOSED=True)),
+    (9, 128): (TritonForward(64, 64, 4, 3), TritonBackward(64, 64, 4, 2, 4, 2, KEYS_RECOMPUTE=True)),
+    (9, 256): (TritonForward(64, 32, 8, 2), TritonBackward(64, 32, 8, 2, 8, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
+    (8, 128): (TritonForward(64, 32, 4, 2), TritonBackward(64, 32, 4, 2, 4, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
+    (8, 256): (TritonForward(64, 32, 8, 1), TritonBackward(64, 32, 8, 1, 8, 1, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
+}
+INTERPRETER_DEFAULTS = (TritonForward(32, 32, 4, 1), TritonBackward(32, 32, 4, 1, 4, 1))
+
+
+def default_config(problem: Problem, capability: tuple[int, int]) -> TritonForward | TritonBackward:
+    """The line of DEFAULTS for this problem on a GPU of this compute capability."""
     if interpreting():
-        if problem.direction == "forward":
-            return TritonForward(32, 32, 4, 1)
-        return TritonBackward(32, 32, 4, 1, 4, 1)
-    if problem.direction == "forward":
-        return TritonForward(64, 64, 4, 3 if dim <= 64 else 2)
-    return TritonBackward(64, 64, 4, 2, 4, 2)
+        both = INTERPRETER_DEFAULTS
+    else:
+        dim = max(problem.head_dim, problem.value_dim)
+        both = next(c for (major, largest), c in DEFAULTS.items() if capability[0] >= major and dim <= largest)
+    return both[problem.direction == "backward"]
 
 
 def _shapes(call: Call, config) -> dict:
@@ -197,6 +210,7 @@ def _shapes(call: Call, config) -> dict:
         "BLOCK_N": config.BLOCK_N,
         "ATTEND_CURRENT": problem.attend_current,
         "VARLEN": problem.varlen,
+        "EVEN_N": not problem.varlen and problem.keys % config.BLOCK_N == 0,
         "SKIP": call.skip_below > 0,
         "LOG_SPACE": config.LOG_SPACE,
         "scale_log2": call.scale * math.log2(math.e),
@@ -271,8 +285,6 @@ def plan_backward(
         "oldest_tile_ptr": oldest_tile,
         "log2_oldest_ptr": log2_oldest,
         "dq_ptr": dq,
-        "EVEN_N": not problem.varlen and problem.keys % config.BLOCK_N == 0,
-        "RECOMPUTE": config.QUERIES_RECOMPUTE,
     }
     keys = {
         **shared,
