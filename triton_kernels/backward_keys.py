@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .step import from_runs, key_offsets, logit_gradient, per_lane, scan_start, weights
-from .tiles import load_rows, logits, row_ptrs, sequence, state_ptrs, store_rows, wide
+from .tiles import load_rows, logits, sequence, state_ptrs, store_rows, wide
 
 OLDEST_AT_ONCE = tl.constexpr(1024)  # entries of block_oldest read at a time
 
@@ -47,7 +47,7 @@ def sum_tile(ptr, row, rows, count, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOC
     if FIRST:
         return tl.zeros([BLOCK_D, BLOCK_N] if TRANSPOSED else [BLOCK_N, BLOCK_D], tl.float32)
     else:
-        x = load_rows(row_ptrs(ptr + row * D, rows, D, BLOCK_D), rows, count, D, BLOCK_D, True)
+        x = load_rows(ptr + row * D, 0, rows, count, D, D, BLOCK_D, False)
         return tl.trans(x) if TRANSPOSED else x
 
 
@@ -64,13 +64,11 @@ def gather_rows(
     dk, dv = gradients
     offsets = key_offsets(BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
-    q_ptrs = row_ptrs(q_ptr, rows, q_stride_m, BLOCK_D)
-    dout_ptrs = row_ptrs(dout_ptr, rows, dout_stride_m, BLOCK_DV)
     one = tl.where(M > 0, 1.0, 2.0)
     for block in range(block_lo, block_hi):
         m_begin = block * BLOCK_M
-        q = load_rows(q_ptrs + wide(m_begin) * q_stride_m, rows, M - m_begin, D, BLOCK_D, not EVEN_M)
-        dout = load_rows(dout_ptrs + wide(m_begin) * dout_stride_m, rows, M - m_begin, DV, BLOCK_DV, not EVEN_M)
+        q = load_rows(q_ptr, m_begin, rows, M, q_stride_m, D, BLOCK_D, EVEN_M)
+        dout = load_rows(dout_ptr, m_begin, rows, M, dout_stride_m, DV, BLOCK_DV, EVEN_M)
         if EVEN_M and not SKIP:
             state = tl.load(state_ptrs(state_ptr, m_begin, rows))
         else:
@@ -110,62 +108,67 @@ def backward_keys_kernel(
     EVEN_M: tl.constexpr, FIRST_ROWS: tl.constexpr, LAST_ROWS: tl.constexpr, SKIP: tl.constexpr,
     TRANSPOSED: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
-    unit, tile, b, h = locate(tl.program_id(0), unit_begin, key_tiles, H // GROUP)
+    pid = tl.program_id(0)
+    key_heads = H // GROUP
+    unit, tile, b, h = locate(pid, unit_begin, key_tiles, key_heads)
     token, sequence_M, sequence_N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
     begin = tile * BLOCK_N
     if begin >= sequence_N:
         return
+    keys_left = sequence_N - begin
     batch = 0 if VARLEN else b
-    q_ptr += batch * q_stride_b + (token + row_begin) * q_stride_m
-    dout_ptr += batch * dout_stride_b + (token + row_begin) * dout_stride_m
     k_ptr += batch * k_stride_b + h * k_stride_h + (token + begin) * k_stride_n
     v_ptr += batch * v_stride_b + h * v_stride_h + (token + begin) * v_stride_n
     sum_row = unit.to(tl.int64) * N + begin
-
     offsets = key_offsets(BLOCK_N)
-    keys_left = sequence_N - begin
-    k = load_rows(row_ptrs(k_ptr, offsets, k_stride_n, BLOCK_D), offsets, keys_left, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
-    v = load_rows(row_ptrs(v_ptr, offsets, v_stride_n, BLOCK_DV), offsets, keys_left, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+    k = load_rows(k_ptr, 0, offsets, keys_left, k_stride_n, D, BLOCK_D, False)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(v_ptr, 0, offsets, keys_left, v_stride_n, DV, BLOCK_DV, False)  # [BLOCK_N, BLOCK_DV]
     gradients = (
         sum_tile(dk_sum_ptr, sum_row, offsets, keys_left, D, BLOCK_N, BLOCK_D, FIRST_ROWS, TRANSPOSED),
         sum_tile(dv_sum_ptr, sum_row, offsets, keys_left, DV, BLOCK_N, BLOCK_DV, FIRST_ROWS, TRANSPOSED),
     )
 
-    # Rows count from the chunk's first. Row m sees the tile's first key from m = begin - first_end + 1 on, and all of the tile
-    # from m = begin + BLOCK_N - first_end on.
-    rows_left = sequence_M - row_begin
-    first_end = sequence_N - rows_left + (1 if ATTEND_CURRENT else 0)
-    blocks = tl.cdiv(tl.maximum(tl.minimum(rows_left, chunk_rows), 0), BLOCK_M)
-    block_first = tl.maximum(begin - first_end + 1, 0) // BLOCK_M
-    block_full = tl.cdiv(tl.maximum(begin + BLOCK_N - first_end, 0), BLOCK_M)
     chunk_blocks = tl.cdiv(chunk_rows, BLOCK_M)
     for g in range(GROUP):
+        # NOTE: all of this is found again for each head, and after the loop, from a number the compiler cannot trace, so that
+        # it takes no registers through the inner loop, which spills otherwise at D = 128.
+        unit, tile, b, h = locate(wide(pid * GROUP + g).to(tl.int32) // GROUP, unit_begin, key_tiles, key_heads)
+        token, sequence_M, sequence_N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
+        batch = 0 if VARLEN else b
         head = h * GROUP + g
         chunk_head = (unit * GROUP + g).to(tl.int64)
+        # Rows count from the chunk's first. Row m sees the tile's first keys_seen + m keys.
+        rows_left = sequence_M - row_begin
+        keys_seen = sequence_N - rows_left + (1 if ATTEND_CURRENT else 0) - tile * BLOCK_N
+        blocks = tl.cdiv(tl.maximum(tl.minimum(rows_left, chunk_rows), 0), BLOCK_M)
         oldest_ptr = block_oldest_ptr + chunk_head * chunk_blocks
-        blocks_end = last_visitor(oldest_ptr, blocks, tile) if SKIP else blocks
-        state = (chunk_head * key_tiles + tile) * chunk_rows
         gradients = gather_rows(
-            k, v, q_ptr + head * q_stride_h, dout_ptr + head * dout_stride_h, state_ptr + state * 2, oldest_ptr,
-            tile, block_first, block_full, blocks_end, first_end - begin, rows_left, scale_log2, gradients,
-            q_stride_m, dout_stride_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, SKIP, TRANSPOSED, RECOMPUTE, LOG_SPACE,
+            k, v,
+            q_ptr + batch * q_stride_b + head * q_stride_h + (token + row_begin) * q_stride_m,
+            dout_ptr + batch * dout_stride_b + head * dout_stride_h + (token + row_begin) * dout_stride_m,
+            state_ptr + (chunk_head * key_tiles + tile) * chunk_rows * 2, oldest_ptr, tile,
+            tl.maximum(1 - keys_seen, 0) // BLOCK_M,
+            tl.cdiv(tl.maximum(BLOCK_N - keys_seen, 0), BLOCK_M),
+            last_visitor(oldest_ptr, blocks, tile) if SKIP else blocks,
+            keys_seen, rows_left, scale_log2, gradients, q_stride_m, dout_stride_m,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, SKIP, TRANSPOSED, RECOMPUTE, LOG_SPACE,
         )  # fmt: skip
-    dk, dv = gradients
-    if TRANSPOSED:
-        dk, dv = tl.trans(dk), tl.trans(dv)
-    # NOTE: found again from numbers the compiler cannot trace, so that none of this takes registers through the loop: with it
-    # and D = 128, the loop spills.
-    unit, tile, b, h = locate(wide(tl.program_id(0)).to(tl.int32), unit_begin, key_tiles, H // GROUP)
+
+    unit, tile, b, h = locate(wide(pid).to(tl.int32), unit_begin, key_tiles, key_heads)
+    token, sequence_M, sequence_N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
     batch = 0 if VARLEN else b
     begin = tile * BLOCK_N
     keys_left = sequence_N - begin
     offsets = key_offsets(BLOCK_N) + wide(0).to(tl.int32)
+    dk, dv = gradients
+    if TRANSPOSED:
+        dk, dv = tl.trans(dk), tl.trans(dv)
     if LAST_ROWS:
         dk_ptr += batch * dk_stride_b + h * dk_stride_h + (token + begin) * dk_stride_n
         dv_ptr += batch * dv_stride_b + h * dv_stride_h + (token + begin) * dv_stride_n
-        store_rows(dk_ptr, dk * scale, offsets, dk_stride_n, keys_left, D, BLOCK_D)
-        store_rows(dv_ptr, dv, offsets, dv_stride_n, keys_left, DV, BLOCK_DV)
+        store_rows(dk_ptr, dk * scale, offsets, keys_left, dk_stride_n, D, BLOCK_D)
+        store_rows(dv_ptr, dv, offsets, keys_left, dv_stride_n, DV, BLOCK_DV)
     else:
         sum_row = unit.to(tl.int64) * N + begin
-        store_rows(dk_sum_ptr + sum_row * D, dk, offsets, D, keys_left, D, BLOCK_D)
-        store_rows(dv_sum_ptr + sum_row * DV, dv, offsets, DV, keys_left, DV, BLOCK_DV)
+        store_rows(dk_sum_ptr + sum_row * D, dk, offsets, keys_left, D, D, BLOCK_D)
+        store_rows(dv_sum_ptr + sum_row * DV, dv, offsets, keys_left, DV, DV, BLOCK_DV)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .step import chain_entry, key_offsets, logit_gradient, per_lane, weights
-from .tiles import load_rows, logits, row_ptrs, sequence, side_by_side, state_ptrs, store_rows, wide
+from .tiles import load_rows, logits, sequence, side_by_side, state_ptrs, store_rows, wide
 
 
 @triton.jit
@@ -29,14 +29,12 @@ def gather_tiles(
     dq, log2_stick, older_sum = carried
     offsets = key_offsets(BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
-    k_ptrs = row_ptrs(k_ptr, offsets, k_stride_n, BLOCK_D)
-    v_ptrs = row_ptrs(v_ptr, offsets, v_stride_n, BLOCK_DV)
     lane_end = per_lane(row_end, BLOCK_M)
     one = tl.where(N > 0, 1.0, 2.0)
     for tile in range(tile_lo, tile_hi):
         begin = tile * BLOCK_N
-        k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, not EVEN_N)
-        v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, not EVEN_N)
+        k = load_rows(k_ptr, begin, offsets, N, k_stride_n, D, BLOCK_D, EVEN_N)
+        v = load_rows(v_ptr, begin, offsets, N, v_stride_n, DV, BLOCK_DV, EVEN_N)
         s = logits(q, k, scale_log2, offsets, row_end - begin, tile >= tiles_full)
         chain = (log2_stick, tile - oldest_tile, begin + BLOCK_N >= lane_end)
         A, e, rest, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
@@ -85,8 +83,8 @@ def backward_queries_kernel(
     rows = tl.arange(0, BLOCK_M)
     rows_left = M - m_begin
     in_range = rows < rows_left
-    q = load_rows(row_ptrs(q_ptr, rows, q_stride_m, BLOCK_D), rows, rows_left, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    dout = load_rows(row_ptrs(dout_ptr, rows, dout_stride_m, BLOCK_DV), rows, rows_left, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
+    q = load_rows(q_ptr, 0, rows, rows_left, q_stride_m, D, BLOCK_D, False)  # [BLOCK_M, BLOCK_D]
+    dout = load_rows(dout_ptr, 0, rows, rows_left, dout_stride_m, DV, BLOCK_DV, False)  # [BLOCK_M, BLOCK_DV]
     first_end = N - M + m_begin + (1 if ATTEND_CURRENT else 0)  # the block's first row sees keys [0, first_end)
     row_end = first_end + rows
     tiles_full = first_end // BLOCK_N
@@ -109,4 +107,4 @@ def backward_queries_kernel(
         oldest_tile, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_N, LOG_SPACE,
     )  # fmt: skip
-    store_rows(dq_ptr, carried[0] * scale, rows, dq_stride_m, rows_left, D, BLOCK_D)
+    store_rows(dq_ptr, carried[0] * scale, rows, rows_left, dq_stride_m, D, BLOCK_D)

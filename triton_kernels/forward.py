@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .step import MIN_STICK, exp2, from_runs, key_offsets, per_lane, per_row, scan_start, spent_log2, weights
-from .tiles import load_rows, logits, row_ptrs, sequence, store_rows, wide
+from .tiles import load_rows, logits, sequence, store_rows
 
 
 @triton.jit
@@ -27,13 +27,11 @@ def attend_tiles(
     """Visit key tiles tile_hi - 1 down to tile_lo; row_end [BLOCK_M] is each row's first invisible key."""
     acc, stick, log2_stick, oldest_tile, log2_oldest = state
     offsets = key_offsets(BLOCK_N)
-    k_ptrs = row_ptrs(k_ptr, offsets, k_stride_n, BLOCK_D)
-    v_ptrs = row_ptrs(v_ptr, offsets, v_stride_n, BLOCK_DV)
     for i in range(0, tile_hi - tile_lo):
         tile = tile_hi - 1 - i
         begin = tile * BLOCK_N
-        k = load_rows(k_ptrs + wide(begin) * k_stride_n, offsets, N - begin, D, BLOCK_D, not EVEN_N)
-        v = load_rows(v_ptrs + wide(begin) * v_stride_n, offsets, N - begin, DV, BLOCK_DV, not EVEN_N)
+        k = load_rows(k_ptr, begin, offsets, N, k_stride_n, D, BLOCK_D, EVEN_N)
+        v = load_rows(v_ptr, begin, offsets, N, v_stride_n, DV, BLOCK_DV, EVEN_N)
         s = logits(q, k, scale_log2, offsets, row_end - begin, tile >= tiles_full)
         oldest_tile = tl.where(stick > 0.0, tile, oldest_tile)
         log2_oldest = tl.where(stick > 0.0, log2_stick, log2_oldest)
@@ -74,7 +72,7 @@ def forward_kernel(
 
     rows = tl.arange(0, BLOCK_M)
     rows_left = M - m_begin
-    q = load_rows(row_ptrs(q_ptr, rows, q_stride_m, BLOCK_D), rows, rows_left, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    q = load_rows(q_ptr, 0, rows, rows_left, q_stride_m, D, BLOCK_D, False)  # [BLOCK_M, BLOCK_D]
     first_end = N - M + m_begin + (1 if ATTEND_CURRENT else 0)  # the block's first row sees keys [0, first_end)
     row_end = first_end + rows
     tiles_full = first_end // BLOCK_N
@@ -104,7 +102,7 @@ def forward_kernel(
         )  # fmt: skip
     acc, stick, log2_stick, oldest_tile, log2_oldest = state
 
-    store_rows(out_ptr, acc, rows, out_stride_m, rows_left, DV, BLOCK_DV)
+    store_rows(out_ptr, acc, rows, rows_left, out_stride_m, DV, BLOCK_DV)
     in_range = rows < rows_left
     tl.store(remainder_ptr + stat + rows, per_row(stick), mask=in_range)
     tl.store(oldest_tile_ptr + stat + rows, per_row(oldest_tile), mask=in_range)

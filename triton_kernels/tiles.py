@@ -30,33 +30,37 @@ def wide(x):
 
 
 @triton.jit
-def row_ptrs(ptr, rows, stride: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[len(rows), BLOCK_D] pointers into a matrix.
-
-    Made outside of the loops and moved on there by a `wide` offset. Offsets within a tile are 32-bit; from a row stride of 2^23 elements on, 256 rows could overflow them.
-    """
+def _row_ptrs(ptr, rows, stride: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[len(rows), BLOCK_D] pointers into a matrix."""
+    # Offsets within a tile are 32-bit; from a row stride of 2^23 elements on, 256 rows could overflow them.
     if stride >= 8388608:
         rows = rows.to(tl.int64)
     return ptr + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
-def load_rows(ptrs, rows, count, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Tile [len(rows), BLOCK_D] of a [count, D] matrix; zeros beyond D and, if MASKED, beyond count."""
-    d = tl.arange(0, BLOCK_D)
-    if MASKED:
-        return tl.load(ptrs, mask=(rows[:, None] < count) & (d[None, :] < D), other=0.0)
-    elif BLOCK_D != D:
-        return tl.load(ptrs, mask=d[None, :] < D, other=0.0)
+def load_rows(
+    ptr, begin, rows, count, stride: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr
+):
+    """Rows begin + rows of a [count, D] matrix as a tile [len(rows), BLOCK_D]; zeros beyond D.
+
+    Unless EVEN, rows may lie beyond count: the tile then repeats the last row, for whoever reads it to mask.
+    NOTE: a mask of the rows in its place takes 38 more registers in the dk, dv kernel, which then spills.
+    """
+    if not EVEN:
+        rows = tl.minimum(rows, count - 1 - begin)
+    ptrs = _row_ptrs(ptr, rows, stride, BLOCK_D) + wide(begin) * stride
+    if BLOCK_D != D:
+        return tl.load(ptrs, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     else:
         return tl.load(ptrs)
 
 
 @triton.jit
-def store_rows(ptr, tile, rows, stride: tl.constexpr, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(ptr, tile, rows, count, stride: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store tile [len(rows), BLOCK_D] into a [count, D] matrix, rounded to its dtype."""
     mask = (rows[:, None] < count) & (tl.arange(0, BLOCK_D)[None, :] < D)
-    tl.store(row_ptrs(ptr, rows, stride, BLOCK_D), tile.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(_row_ptrs(ptr, rows, stride, BLOCK_D), tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
