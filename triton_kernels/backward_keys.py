@@ -54,7 +54,7 @@ def sum_tile(ptr, row, rows, count, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOC
 @triton.jit
 def gather_rows(
     k, v, q_ptr, dout_ptr, state_ptr, block_oldest_ptr, tile, block_lo, block_full, block_hi, keys_seen, M,
-    scale_log2, gradients,
+    scale_log2, one, gradients,
     q_stride_m: tl.constexpr, dout_stride_m: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     EVEN_M: tl.constexpr, SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
@@ -64,7 +64,6 @@ def gather_rows(
     dk, dv = gradients
     offsets = key_offsets(BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
-    one = tl.where(M > 0, 1.0, 2.0)
     for block in range(block_lo, block_hi):
         m_begin = block * BLOCK_M
         q = load_rows(q_ptr, m_begin, rows, M, q_stride_m, D, BLOCK_D, EVEN_M)
@@ -98,7 +97,7 @@ def locate(pid, unit_begin, key_tiles, key_heads):
 def backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, cu_seqlens_ptr, dk_ptr, dv_ptr, dk_sum_ptr, dv_sum_ptr,
     state_ptr, block_oldest_ptr,
-    scale, scale_log2, H, M, N, unit_begin, row_begin, chunk_rows, key_tiles,
+    scale, scale_log2, one, H, M, N, unit_begin, row_begin, chunk_rows, key_tiles,
     q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h, dout_stride_b, dout_stride_h,
     dk_stride_b, dk_stride_h, dv_stride_b, dv_stride_h,
     q_stride_m: tl.constexpr, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, dout_stride_m: tl.constexpr,
@@ -150,7 +149,7 @@ def backward_keys_kernel(
             tl.maximum(1 - keys_seen, 0) // BLOCK_M,
             tl.cdiv(tl.maximum(BLOCK_N - keys_seen, 0), BLOCK_M),
             last_visitor(oldest_ptr, blocks, tile) if SKIP else blocks,
-            keys_seen, rows_left, scale_log2, gradients, q_stride_m, dout_stride_m,
+            keys_seen, rows_left, scale_log2, one, gradients, q_stride_m, dout_stride_m,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, SKIP, TRANSPOSED, RECOMPUTE, LOG_SPACE,
         )  # fmt: skip
 

@@ -30,7 +30,6 @@ def gather_tiles(
     offsets = key_offsets(BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     lane_end = per_lane(row_end, BLOCK_M)
-    one = tl.where(N > 0, 1.0, 2.0)
     for tile in range(tile_lo, tile_hi):
         begin = tile * BLOCK_N
         k = load_rows(k_ptr, begin, offsets, N, k_stride_n, D, BLOCK_D, EVEN_N)
@@ -41,7 +40,7 @@ def gather_tiles(
         log2_stick, stick = chain_entry(total, chain, LOG_SPACE)
         tl.store(state_ptrs(state_ptr, wide(tile) * chunk_rows, rows), side_by_side(stick, older_sum), mask=in_range[:, None])
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
-        dz, older_sum = logit_gradient(A, e, rest, dA, older_sum, one, BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        dz, older_sum = logit_gradient(A, e, rest, dA, older_sum, 1.0, BLOCK_M, BLOCK_N, False, LOG_SPACE)
         dq = tl.dot(dz.to(k.dtype), k, dq)
     return dq, log2_stick, older_sum
 

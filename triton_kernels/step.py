@@ -237,7 +237,7 @@ def logit_gradient(
     """Eq. (8) and (9): dz [M, N] from what `weights` returned, dA = do v^T [M, N] and dr r + sum(a over older tiles) [M, 2, 2].
 
     Returns dz and that sum with this tile added. RECOMPUTE takes the reciprocals from 2^s again, so that 16 registers less
-    live through the product dA; one is 1.0 as a run-time value, without which the compiler undoes that.
+    live through the product dA; one is 1.0 as an argument of the kernel, without which the compiler undoes that.
     """
     R: tl.constexpr = N // 4
     a = A * to_runs(dA, M, N)
@@ -247,7 +247,7 @@ def logit_gradient(
     else:
         older, newer = split_pairs(e, M, R)
         if RECOMPUTE:
-            rest = reciprocal((older * one + one) * (newer * one + one))
+            rest = reciprocal((older + one) * (newer + one))
         t = join_pairs(rest + rest * newer, rest + rest * older, M, R)  # 1 - beta
         dz = (a - e * older_a) * t
     return from_runs(dz, M, N), older_sum + total

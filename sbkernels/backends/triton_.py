@@ -289,6 +289,7 @@ def plan_backward(
     keys = {
         **shared,
         **_strides(q=call.q, k=call.k, v=call.v, dout=dout, dk=dk, dv=dv),
+        "one": 1.0,
         "dk_ptr": dk,
         "RECOMPUTE": config.KEYS_RECOMPUTE,
         "TRANSPOSED": config.KEYS_TRANSPOSED,
