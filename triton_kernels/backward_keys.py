@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .step import from_runs, key_offsets, logit_gradient, per_lane, scan_start, weights
-from .tiles import load_rows, logits, sequence, state_ptrs, store_rows, wide
+from .tiles import load_rows, logits, program_again, sequence, state_ptrs, store_rows, wide
 
 OLDEST_AT_ONCE = tl.constexpr(1024)  # entries of block_oldest read at a time
 
@@ -68,11 +68,11 @@ def gather_rows(
         m_begin = block * BLOCK_M
         q = load_rows(q_ptr, m_begin, rows, M, q_stride_m, D, BLOCK_D, EVEN_M)
         dout = load_rows(dout_ptr, m_begin, rows, M, dout_stride_m, DV, BLOCK_DV, EVEN_M)
-        if EVEN_M and not SKIP:
-            state = tl.load(state_ptrs(state_ptr, m_begin, rows))
+        if SKIP:
+            visits = tl.load(block_oldest_ptr + block) <= tile
+            state = tl.load(state_ptrs(state_ptr, m_begin, rows), mask=visits, other=0.0)
         else:
-            visits = (rows < M - m_begin) & (tl.load(block_oldest_ptr + block) <= tile if SKIP else True)
-            state = tl.load(state_ptrs(state_ptr, m_begin, rows), mask=visits[:, None], other=0.0)
+            state = tl.load(state_ptrs(state_ptr, m_begin, rows))
         stick, older_sum = tl.split(state)
         s = logits(q, k, scale_log2, offsets, keys_seen + m_begin + rows, block < block_full)
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
@@ -107,9 +107,7 @@ def backward_keys_kernel(
     EVEN_M: tl.constexpr, FIRST_ROWS: tl.constexpr, LAST_ROWS: tl.constexpr, SKIP: tl.constexpr,
     TRANSPOSED: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    key_heads = H // GROUP
-    unit, tile, b, h = locate(pid, unit_begin, key_tiles, key_heads)
+    unit, tile, b, h = locate(tl.program_id(0), unit_begin, key_tiles, H // GROUP)
     token, sequence_M, sequence_N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
     begin = tile * BLOCK_N
     if begin >= sequence_N:
@@ -127,11 +125,10 @@ def backward_keys_kernel(
         sum_tile(dv_sum_ptr, sum_row, offsets, keys_left, DV, BLOCK_N, BLOCK_DV, FIRST_ROWS, TRANSPOSED),
     )
 
-    chunk_blocks = tl.cdiv(chunk_rows, BLOCK_M)
     for g in range(GROUP):
-        # NOTE: all of this is found again for each head, and after the loop, from a number the compiler cannot trace, so that
+        # NOTE: all of this is found again for each head, and after the loop, from the hardware's program number, so that
         # it takes no registers through the inner loop, which spills otherwise at D = 128.
-        unit, tile, b, h = locate(wide(pid * GROUP + g).to(tl.int32) // GROUP, unit_begin, key_tiles, key_heads)
+        unit, tile, b, h = locate(program_again(g), unit_begin, key_tiles, H // GROUP)
         token, sequence_M, sequence_N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
         batch = 0 if VARLEN else b
         head = h * GROUP + g
@@ -140,7 +137,7 @@ def backward_keys_kernel(
         rows_left = sequence_M - row_begin
         keys_seen = sequence_N - rows_left + (1 if ATTEND_CURRENT else 0) - tile * BLOCK_N
         blocks = tl.cdiv(tl.maximum(tl.minimum(rows_left, chunk_rows), 0), BLOCK_M)
-        oldest_ptr = block_oldest_ptr + chunk_head * chunk_blocks
+        oldest_ptr = block_oldest_ptr + chunk_head * (chunk_rows // BLOCK_M)
         gradients = gather_rows(
             k, v,
             q_ptr + batch * q_stride_b + head * q_stride_h + (token + row_begin) * q_stride_m,
@@ -153,7 +150,7 @@ def backward_keys_kernel(
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_M, SKIP, TRANSPOSED, RECOMPUTE, LOG_SPACE,
         )  # fmt: skip
 
-    unit, tile, b, h = locate(wide(pid).to(tl.int32), unit_begin, key_tiles, key_heads)
+    unit, tile, b, h = locate(program_again(0), unit_begin, key_tiles, H // GROUP)
     token, sequence_M, sequence_N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
     batch = 0 if VARLEN else b
     begin = tile * BLOCK_N

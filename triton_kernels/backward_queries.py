@@ -8,7 +8,8 @@
     block_oldest     [heads of the chunk, query blocks of the chunk]: the oldest key tile the block visits
 
 Walks from the oldest visited key tile to the newest, against the forward: the inner sum of eq. (9) runs that way, and the stick
-follows from the log2 the forward saved. A chunk is UNITS (batch, key head) pairs times chunk_rows query rows of each.
+follows from the log2 the forward saved. A chunk is UNITS (batch, key head) pairs times chunk_rows query rows of each, a
+multiple of BLOCK_M; rows beyond the last query have no stick and no sum.
 """
 
 import triton
@@ -21,7 +22,7 @@ from .tiles import load_rows, logits, sequence, side_by_side, state_ptrs, store_
 @triton.jit
 def gather_tiles(
     q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tiles_full, tile_hi, row_end, N, scale_log2, oldest_tile, carried,
-    chunk_rows, in_range, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    chunk_rows, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     EVEN_N: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +39,7 @@ def gather_tiles(
         chain = (log2_stick, tile - oldest_tile, begin + BLOCK_N >= lane_end)
         A, e, rest, total = weights(s, chain, BLOCK_M, BLOCK_N, True, LOG_SPACE)
         log2_stick, stick = chain_entry(total, chain, LOG_SPACE)
-        tl.store(state_ptrs(state_ptr, wide(tile) * chunk_rows, rows), side_by_side(stick, older_sum), mask=in_range[:, None])
+        tl.store(state_ptrs(state_ptr, wide(tile) * chunk_rows, rows), side_by_side(stick, older_sum))
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
         dz, older_sum = logit_gradient(A, e, rest, dA, older_sum, 1.0, BLOCK_M, BLOCK_N, False, LOG_SPACE)
         dq = tl.dot(dz.to(k.dtype), k, dq)
@@ -58,7 +59,7 @@ def backward_queries_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
     EVEN_N: tl.constexpr, SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
-    chunk_blocks = tl.cdiv(chunk_rows, BLOCK_M)
+    chunk_blocks = chunk_rows // BLOCK_M
     pid = tl.program_id(0)
     chunk_head = pid // chunk_blocks
     chunk_block = chunk_blocks - 1 - pid % chunk_blocks
@@ -103,7 +104,7 @@ def backward_queries_kernel(
     )
     carried = gather_tiles(
         q, dout, k_ptr, v_ptr, state_ptr, tile_lo, tiles_full, tiles_seen, row_end, N, scale_log2,
-        oldest_tile, carried, chunk_rows, in_range, k_stride_n, v_stride_n,
+        oldest_tile, carried, chunk_rows, k_stride_n, v_stride_n,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_N, LOG_SPACE,
     )  # fmt: skip
     store_rows(dq_ptr, carried[0] * scale, rows, rows_left, dq_stride_m, D, BLOCK_D)

@@ -30,6 +30,15 @@ def wide(x):
 
 
 @triton.jit
+def program_again(x):
+    """tl.program_id(0), read from the hardware once more; x is an int32 the reading shall depend on."""
+    if INTERPRET:
+        return tl.program_id(0)
+    else:
+        return tl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _row_ptrs(ptr, rows, stride: tl.constexpr, BLOCK_D: tl.constexpr):
     """[len(rows), BLOCK_D] pointers into a matrix."""
     # Offsets within a tile are 32-bit; from a row stride of 2^23 elements on, 256 rows could overflow them.

@@ -258,7 +258,7 @@ def plan_backward(
     key_tiles = triton.cdiv(problem.keys, config.BLOCK_N)
     chunk_units, chunk_rows = chunk_sizes(problem, key_tiles, config.BLOCK_M, env.workspace())
     state = allocate((chunk_units * group, key_tiles, chunk_rows, 2), remainder)
-    block_oldest = allocate((chunk_units * group, triton.cdiv(chunk_rows, config.BLOCK_M)), remainder, torch.int32)
+    block_oldest = allocate((chunk_units * group, chunk_rows // config.BLOCK_M), remainder, torch.int32)
     one_chunk_of_rows = chunk_rows >= problem.queries
     sums = [
         None if one_chunk_of_rows else allocate((chunk_units, problem.keys, x.shape[3]), remainder) for x in (dk, dv)
@@ -304,7 +304,7 @@ def plan_backward(
             chunk = {"unit_begin": unit, "row_begin": row}
             yield Launch(
                 backward_queries_kernel,
-                units_here * group * triton.cdiv(chunk_rows, config.BLOCK_M),
+                units_here * group * chunk_rows // config.BLOCK_M,
                 queries | chunk,
                 config.QUERIES_NUM_WARPS,
                 config.QUERIES_NUM_STAGES,
@@ -320,9 +320,12 @@ def plan_backward(
 
 
 def chunk_sizes(problem: Problem, key_tiles: int, block_m: int, workspace: int) -> tuple[int, int]:
-    """((batch, key head) pairs, query rows) per chunk whose state fits `workspace` bytes; at least one pair and one block."""
-    row_bytes = STATE_BYTES * key_tiles * problem.group
-    units = problem.batch * problem.kv_heads
-    if row_bytes * problem.queries <= workspace:
-        return min(units, workspace // (row_bytes * problem.queries)), problem.queries
-    return 1, max(block_m, workspace // row_bytes // block_m * block_m)
+    """((batch, key head) pairs, query rows) per chunk whose state fits `workspace` bytes; at least one pair and one block.
+
+    Rows are a multiple of block_m, and all of a pair's rows wherever a pair fits.
+    """
+    block_bytes = STATE_BYTES * key_tiles * problem.group * block_m
+    blocks = triton.cdiv(problem.queries, block_m)
+    if block_bytes * blocks <= workspace:
+        return min(problem.batch * problem.kv_heads, workspace // (block_bytes * blocks)), blocks * block_m
+    return 1, max(1, workspace // block_bytes) * block_m
