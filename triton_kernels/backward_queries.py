@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .step import chain_entry, key_offsets, logit_gradient, per_lane, weights
-from .tiles import load_rows, logits, sequence, side_by_side, state_ptrs, store_rows, wide
+from .tiles import load_rows, logits, program_again, sequence, side_by_side, state_ptrs, store_rows, wide
 
 
 @triton.jit
@@ -47,6 +47,15 @@ def gather_tiles(
 
 
 @triton.jit
+def locate(pid, unit_begin, row_begin, chunk_blocks, H, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Program number -> head within the chunk, query block within the chunk, first query row, batch entry, head."""
+    chunk_head = pid // chunk_blocks
+    chunk_block = chunk_blocks - 1 - pid % chunk_blocks
+    head = unit_begin * GROUP + chunk_head
+    return chunk_head, chunk_block, row_begin + chunk_block * BLOCK_M, (head // H).to(tl.int64), (head % H).to(tl.int64)
+
+
+@triton.jit
 def backward_queries_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, dremainder_ptr, remainder_ptr, oldest_tile_ptr, log2_oldest_ptr, cu_seqlens_ptr,
     dq_ptr, state_ptr, block_oldest_ptr,
@@ -59,16 +68,9 @@ def backward_queries_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
     EVEN_N: tl.constexpr, SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
-    chunk_blocks = chunk_rows // BLOCK_M
-    pid = tl.program_id(0)
-    chunk_head = pid // chunk_blocks
-    chunk_block = chunk_blocks - 1 - pid % chunk_blocks
-    head = unit_begin * GROUP + chunk_head
-    b = (head // H).to(tl.int64)
-    h = (head % H).to(tl.int64)
+    blocks = chunk_rows // BLOCK_M
+    chunk_head, chunk_block, m_begin, b, h = locate(tl.program_id(0), unit_begin, row_begin, blocks, H, GROUP, BLOCK_M)
     token, M, N = sequence(cu_seqlens_ptr, b, M, N, VARLEN)
-    m_begin = row_begin + chunk_block * BLOCK_M
-    block_oldest_ptr += pid // chunk_blocks * chunk_blocks + chunk_block
     if m_begin >= M:
         return
     batch = 0 if VARLEN else b
@@ -76,7 +78,6 @@ def backward_queries_kernel(
     k_ptr += batch * k_stride_b + h // GROUP * k_stride_h + token * k_stride_n
     v_ptr += batch * v_stride_b + h // GROUP * v_stride_h + token * v_stride_n
     dout_ptr += batch * dout_stride_b + h * dout_stride_h + (token + m_begin) * dout_stride_m
-    dq_ptr += batch * dq_stride_b + h * dq_stride_h + (token + m_begin) * dq_stride_m
     stat = batch * stat_stride_b + h * stat_stride_h + token + m_begin
     state_ptr += (chunk_head.to(tl.int64) * key_tiles * chunk_rows + chunk_block * BLOCK_M) * 2
 
@@ -95,7 +96,7 @@ def backward_queries_kernel(
     remainder = tl.load(remainder_ptr + stat + rows, mask=in_range, other=0.0)
     dremainder = tl.load(dremainder_ptr + stat + rows, mask=in_range, other=0.0)
     tile_lo = tl.min(oldest_tile, 0) if SKIP else 0
-    tl.store(block_oldest_ptr, tile_lo)
+    tl.store(block_oldest_ptr + chunk_head * blocks + chunk_block, tile_lo)
     oldest_tile = per_lane(oldest_tile, BLOCK_M)
     carried = (
         tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
@@ -107,4 +108,9 @@ def backward_queries_kernel(
         oldest_tile, carried, chunk_rows, k_stride_n, v_stride_n,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_N, LOG_SPACE,
     )  # fmt: skip
-    store_rows(dq_ptr, carried[0] * scale, rows, rows_left, dq_stride_m, D, BLOCK_D)
+
+    # NOTE: found again, from the hardware's program number, so that none of it takes registers through the loop.
+    chunk_head, chunk_block, m_begin, b, h = locate(program_again(0), unit_begin, row_begin, blocks, H, GROUP, BLOCK_M)
+    batch = 0 if VARLEN else b
+    dq_ptr += batch * dq_stride_b + h * dq_stride_h + (token + m_begin) * dq_stride_m
+    store_rows(dq_ptr, carried[0] * scale, rows, M - m_begin, dq_stride_m, D, BLOCK_D)
