@@ -109,7 +109,8 @@ def backward_queries_kernel(
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_N, LOG_SPACE,
     )  # fmt: skip
 
-    # NOTE: found again, from the hardware's program number, so that none of it takes registers through the loop.
+    # NOTE: found again, from numbers the compiler cannot trace, so that none of it takes registers through the loop.
+    blocks = wide(chunk_rows).to(tl.int32) // BLOCK_M
     chunk_head, chunk_block, m_begin, b, h = locate(program_again(0), unit_begin, row_begin, blocks, H, GROUP, BLOCK_M)
     batch = 0 if VARLEN else b
     dq_ptr += batch * dq_stride_b + h * dq_stride_h + (token + m_begin) * dq_stride_m
