@@ -107,7 +107,7 @@ class TritonBackend(Backend):
         return default_config(problem, device_capability(problem.device))
 
     def variants(self, problem: Problem):
-        return {"log space": dataclasses.replace(self.default_config(problem), LOG_SPACE=True)}
+        return {"log space": default_config(problem, device_capability(problem.device), log_space=True)}
 
     def illegal(self, problem: Problem, config) -> str | None:
         for field, value in dataclasses.asdict(config).items():
@@ -172,26 +172,34 @@ def _on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-# (from this capability on, up to this head dim) -> default configs, first match; every line compiles without spills for its
-# architecture, which tests/test_ahead_of_time.py holds it to. The sm_90 lines are the fastest of those measured on an H100.
-DEFAULTS = {
-    (9, 64): (TritonForward(64, 64, 4, 3), TritonBackward(64, 64, 4, 3, 4, 3, KEYS_TRANSPOSED=True)),
-    (9, 128): (TritonForward(64, 64, 4, 3), TritonBackward(64, 64, 4, 2, 4, 2, KEYS_RECOMPUTE=True)),
-    (9, 256): (TritonForward(64, 32, 8, 2), TritonBackward(64, 32, 8, 2, 8, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
-    (8, 128): (TritonForward(64, 32, 4, 2), TritonBackward(64, 32, 4, 2, 4, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
-    (8, 256): (TritonForward(64, 32, 8, 1), TritonBackward(64, 32, 8, 1, 8, 1, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
+# Default configs, forward and backward, by largest head dim; every line compiles without spills for its architecture and its
+# kind of problem, which tests/test_ahead_of_time.py holds it to. TIDY is the fastest of those measured on an H100 and leaves no
+# register to spare: for it the lengths are multiples of the blocks, heads are not grouped and head dims are powers of two.
+TIDY_SM90 = {
+    64: (TritonForward(64, 64, 4, 3), TritonBackward(64, 64, 4, 3, 4, 3, KEYS_TRANSPOSED=True)),
+    128: (TritonForward(64, 64, 4, 3), TritonBackward(64, 64, 4, 2, 4, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
+}
+ROOMY = {
+    128: (TritonForward(64, 32, 4, 3), TritonBackward(64, 32, 4, 2, 4, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
+    256: (TritonForward(64, 32, 8, 2), TritonBackward(64, 32, 8, 2, 8, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
 }
 INTERPRETER_DEFAULTS = (TritonForward(32, 32, 4, 1), TritonBackward(32, 32, 4, 1, 4, 1))
 
 
-def default_config(problem: Problem, capability: tuple[int, int]) -> TritonForward | TritonBackward:
-    """The line of DEFAULTS for this problem on a GPU of this compute capability."""
-    if interpreting():
-        both = INTERPRETER_DEFAULTS
-    else:
-        dim = max(problem.head_dim, problem.value_dim)
-        both = next(c for (major, largest), c in DEFAULTS.items() if capability[0] >= major and dim <= largest)
-    return both[problem.direction == "backward"]
+def default_config(problem: Problem, capability: tuple[int, int], log_space: bool = False) -> TritonForward | TritonBackward:
+    """The default for this problem on a GPU of this compute capability."""
+    dims = (problem.head_dim, problem.value_dim)
+    tidy = (
+        capability >= (9, 0)
+        and not (problem.varlen or log_space)
+        and problem.group == 1
+        and problem.queries % 64 == problem.keys % 64 == 0
+        and all(dim in (16, 32, 64, 128) for dim in dims)
+    )
+    lines = INTERPRETER_DEFAULTS if interpreting() else TIDY_SM90 if tidy else ROOMY
+    if not interpreting():
+        lines = next(both for largest, both in lines.items() if max(dims) <= largest)
+    return dataclasses.replace(lines[problem.direction == "backward"], LOG_SPACE=log_space)
 
 
 def _shapes(call: Call, config) -> dict:
