@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .step import from_runs, key_offsets, logit_gradient, per_lane, scan_start, weights
-from .tiles import load_rows, logits, program_again, sequence, state_ptrs, store_rows, wide
+from .tiles import load_rows, logits, program_again, sequence, state_ptrs, store_rows
 
 OLDEST_AT_ONCE = tl.constexpr(1024)  # entries of block_oldest read at a time
 
@@ -42,7 +42,10 @@ def add_product(sum, x, rows, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def sum_tile(ptr, row, rows, count, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FIRST: tl.constexpr, TRANSPOSED: tl.constexpr):
+def sum_tile(
+    ptr, row, rows, count,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FIRST: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
     """What the sum of a gradient tile starts from: zeros, or what the chunk of rows before has left in a [rows, D] matrix."""
     if FIRST:
         return tl.zeros([BLOCK_D, BLOCK_N] if TRANSPOSED else [BLOCK_N, BLOCK_D], tl.float32)
@@ -59,8 +62,7 @@ def gather_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     EVEN_M: tl.constexpr, SKIP: tl.constexpr, TRANSPOSED: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
-    """Visit query blocks block_lo to block_hi - 1 of the chunk, which has M rows; row m sees the tile's
-    first keys_seen + m keys."""
+    """Visit query blocks block_lo to block_hi - 1 of M rows; row m sees the tile's first keys_seen + m keys."""
     dk, dv = gradients
     offsets = key_offsets(BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
@@ -155,7 +157,6 @@ def backward_keys_kernel(
     batch = 0 if VARLEN else b
     begin = tile * BLOCK_N
     keys_left = sequence_N - begin
-    offsets = key_offsets(BLOCK_N) + wide(0).to(tl.int32)
     dk, dv = gradients
     if TRANSPOSED:
         dk, dv = tl.trans(dk), tl.trans(dv)

@@ -68,8 +68,15 @@ def load_rows(
 @triton.jit
 def store_rows(ptr, tile, rows, count, stride: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store tile [len(rows), BLOCK_D] into a [count, D] matrix, rounded to its dtype."""
-    mask = (rows[:, None] < count) & (tl.arange(0, BLOCK_D)[None, :] < D)
-    tl.store(_row_ptrs(ptr, rows, stride, BLOCK_D), tile.to(ptr.dtype.element_ty), mask=mask)
+    # NOTE: a zero the compiler cannot trace keeps the row numbers (from D = 256 on, the columns too; below, that costs more
+    # than it saves) from taking registers all the way from the loads before the loop to here.
+    zero = wide(0).to(tl.int32)
+    rows += zero
+    ptrs = _row_ptrs(ptr, rows, stride, BLOCK_D)
+    if BLOCK_D > 128:
+        ptrs += zero
+    mask = (rows[:, None] < count) & (tl.arange(0, BLOCK_D) < D)[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -179,9 +179,13 @@ TIDY_SM90 = {
     64: (TritonForward(64, 64, 4, 3), TritonBackward(64, 64, 4, 3, 4, 3, KEYS_TRANSPOSED=True)),
     128: (TritonForward(64, 64, 4, 3), TritonBackward(64, 64, 4, 2, 4, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
 }
-ROOMY = {
+ROOMY_SM90 = {
     128: (TritonForward(64, 32, 4, 3), TritonBackward(64, 32, 4, 2, 4, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
     256: (TritonForward(64, 32, 8, 2), TritonBackward(64, 32, 8, 2, 8, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
+}
+ROOMY_SM80 = {
+    128: (TritonForward(64, 32, 4, 2), TritonBackward(64, 32, 4, 2, 8, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
+    256: (TritonForward(64, 32, 8, 2), TritonBackward(64, 32, 8, 2, 8, 1, KEYS_RECOMPUTE=True)),
 }
 INTERPRETER_DEFAULTS = (TritonForward(32, 32, 4, 1), TritonBackward(32, 32, 4, 1, 4, 1))
 
@@ -196,10 +200,10 @@ def default_config(problem: Problem, capability: tuple[int, int], log_space: boo
         and problem.queries % 64 == problem.keys % 64 == 0
         and all(dim in (16, 32, 64, 128) for dim in dims)
     )
-    lines = INTERPRETER_DEFAULTS if interpreting() else TIDY_SM90 if tidy else ROOMY
-    if not interpreting():
-        lines = next(both for largest, both in lines.items() if max(dims) <= largest)
-    return dataclasses.replace(lines[problem.direction == "backward"], LOG_SPACE=log_space)
+    lines = TIDY_SM90 if tidy else ROOMY_SM90 if capability >= (9, 0) else ROOMY_SM80
+    both = next(line for largest, line in lines.items() if max(dims) <= largest)
+    both = INTERPRETER_DEFAULTS if interpreting() else both
+    return dataclasses.replace(both[problem.direction == "backward"], LOG_SPACE=log_space)
 
 
 def _shapes(call: Call, config) -> dict:
