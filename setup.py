@@ -1,5 +1,7 @@
 """Packaging of sbkernels: maps the top-level folders into one import name. See README.md for how to install."""
 
+import pathlib
+
 from setuptools import setup
 
 # Folders whose bare names would collide with other people's packages live inside the sbkernels namespace.
@@ -14,7 +16,7 @@ setup(
     name="sbkernels",
     version="0.1.0",
     description="A kernel-engineering workbench for stick-breaking attention",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 
 import torch
@@ -81,9 +82,7 @@ def stickbreaking_attention_varlen(
         raise ValueError(f"k has {k.shape[2]} tokens and q {q.shape[2]}: expected as many")
     scale = _check_flags(q, scale, attend_current, skip_below)
     _check_cu_seqlens(cu_seqlens, max_seqlen, q, env.check_seqlens() if check_seqlens is None else check_seqlens)
-    problem = describe(
-        q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, attend_current=attend_current, skip_below=skip_below
-    )
+    problem = describe(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, attend_current=attend_current, skip_below=skip_below)
     out, remainder = _run(problem, backend, q, k, v, cu_seqlens, scale, skip_below)
     return out[0].transpose(0, 1), remainder[0].transpose(0, 1)
 
@@ -202,7 +201,7 @@ def _check_cu_seqlens(cu_seqlens, max_seqlen, q, read_back) -> None:
     bounds, tokens = cu_seqlens.tolist(), q.shape[2]
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens starts with {bounds[0]}: expected 0")
-    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if end < begin:
             raise ValueError(f"cu_seqlens decreases from {begin} to {end} at index {i + 1}: expected it never to decrease")
         if end - begin > max_seqlen:

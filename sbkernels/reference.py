@@ -20,6 +20,8 @@ float64 on the tensors' device, and need memory for a block of rows by N, not M 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -119,8 +121,5 @@ def backward(q, k, v, dout, dremainder, *, scale=None, attend_current=False):
 def per_sequence(function, tensors, cu_seqlens, **options):
     """Apply `forward` or `backward` to each sequence of varlen tensors [1, H, T, ...] and join the results along T."""
     bounds = cu_seqlens.tolist()
-    parts = [
-        function(*(x[:, :, begin:end] for x in tensors), **options)
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    parts = [function(*(x[:, :, begin:end] for x in tensors), **options) for begin, end in itertools.pairwise(bounds)]
     return tuple(torch.cat(results, dim=2) for results in zip(*parts, strict=True))

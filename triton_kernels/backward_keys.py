@@ -79,7 +79,7 @@ def gather_rows(
         s = logits(q, k, scale_log2, offsets, keys_seen + m_begin + rows, block < block_full)
         dA = tl.dot(dout, tl.trans(v))  # [BLOCK_M, BLOCK_N]
         start = scan_start(per_lane(stick, BLOCK_M), LOG_SPACE)
-        A, e, rest, total = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        A, e, rest, _ = weights(s, start, BLOCK_M, BLOCK_N, False, LOG_SPACE)
         dv = add_product(dv, from_runs(A, BLOCK_M, BLOCK_N).to(dout.dtype), dout, TRANSPOSED)
         dz, older_sum = logit_gradient(A, e, rest, dA, per_lane(older_sum, BLOCK_M), one, BLOCK_M, BLOCK_N, RECOMPUTE, LOG_SPACE)
         dk = add_product(dk, dz.to(q.dtype), q, TRANSPOSED)

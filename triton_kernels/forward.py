@@ -35,7 +35,7 @@ def attend_tiles(
         s = logits(q, k, scale_log2, offsets, row_end - begin, tile >= tiles_full)
         oldest_tile = tl.where(stick > 0.0, tile, oldest_tile)
         log2_oldest = tl.where(stick > 0.0, log2_stick, log2_oldest)
-        A, e, rest, total = weights(s, scan_start(stick, LOG_SPACE), BLOCK_M, BLOCK_N, False, LOG_SPACE)
+        A, _, _, total = weights(s, scan_start(stick, LOG_SPACE), BLOCK_M, BLOCK_N, False, LOG_SPACE)
         log2_stick += spent_log2(total, LOG_SPACE)
         stick = exp2(log2_stick) if LOG_SPACE else stick * total
         stick = tl.where(stick < MIN_STICK, 0.0, stick)
@@ -100,7 +100,7 @@ def forward_kernel(
             q, k_ptr, v_ptr, tiles_seen, 0, tiles_full, row_end, N, scale_log2, state, k_stride_n, v_stride_n,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EVEN_N, LOG_SPACE,
         )  # fmt: skip
-    acc, stick, log2_stick, oldest_tile, log2_oldest = state
+    acc, stick, _, oldest_tile, log2_oldest = state
 
     store_rows(out_ptr, acc, rows, rows_left, out_stride_m, DV, BLOCK_DV)
     in_range = rows < rows_left

@@ -41,9 +41,7 @@ def exp2(x):
     if INTERPRET:
         return tl.exp2(x)
     else:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -52,9 +50,7 @@ def reciprocal(x):
     if INTERPRET:
         return 1.0 / x
     else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -63,9 +59,7 @@ def log2(x):
     if INTERPRET:
         return tl.log2(x)
     else:
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -183,7 +177,7 @@ def _scan_run_totals(x, start, M: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl
     outer = tl.where(takes[None, :, None], other, identity)
     total = _combine(pair, other, SUM)  # the same for all four
     if CHAIN:
-        log2_stick, stick = chain_entry(total, start, SUM)
+        _, stick = chain_entry(total, start, SUM)
         start = scan_start(stick, SUM)
     return tl.reshape(_combine(inner, _combine(outer, start, SUM), SUM), [M, 4, 1]), total
 

@@ -48,9 +48,7 @@ def _row_ptrs(ptr, rows, stride: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    ptr, begin, rows, count, stride: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr
-):
+def load_rows(ptr, begin, rows, count, stride: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
     """Rows begin + rows of a [count, D] matrix as a tile [len(rows), BLOCK_D]; zeros beyond D.
 
     Unless EVEN, rows may lie beyond count: the tile then repeats the last row, for whoever reads it to mask.

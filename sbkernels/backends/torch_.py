@@ -10,6 +10,7 @@ entry, is the stick on every key: sticks [..., 0] is the entry, [..., :-1] stand
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -41,7 +42,7 @@ class TorchBackend(Backend):
 
     def default_config(self, problem: Problem) -> TorchConfig:
         block_n = min(128, _ceil_to(problem.keys, 16))
-        block_m = min(256, _ceil_to(problem.queries, 16))
+        block_m = min(128, _ceil_to(problem.queries, 16))
         budget = TILE_ELEMENTS if problem.device_type == "cpu" else TILE_ELEMENTS_GPU
         heads = max(1, budget // (block_m * block_n * problem.group))
         units = (1 if problem.varlen else problem.batch) * problem.kv_heads
@@ -117,7 +118,7 @@ def _parts(call: Call, heads_at_once: int, **rows: torch.Tensor):
         entries = [(b, slice(None)) for b in range(call.q.shape[0])]
     else:
         bounds = call.cu_seqlens.tolist()
-        entries = [(0, slice(begin, end)) for begin, end in zip(bounds[:-1], bounds[1:], strict=True) if end > begin]
+        entries = [(0, slice(begin, end)) for begin, end in itertools.pairwise(bounds) if end > begin]
 
     for b, tokens in entries:
         for head in range(0, kv_heads, heads_at_once):

@@ -272,9 +272,7 @@ def plan_backward(
     state = allocate((chunk_units * group, key_tiles, chunk_rows, 2), remainder)
     block_oldest = allocate((chunk_units * group, chunk_rows // config.BLOCK_M), remainder, torch.int32)
     one_chunk_of_rows = chunk_rows >= problem.queries
-    sums = [
-        None if one_chunk_of_rows else allocate((chunk_units, problem.keys, x.shape[3]), remainder) for x in (dk, dv)
-    ]
+    sums = [None if one_chunk_of_rows else allocate((chunk_units, problem.keys, x.shape[3]), remainder) for x in (dk, dv)]
     shared = {
         **_shapes(call, config),
         "scale": call.scale,

@@ -1,1 +1,1 @@
-"""x"""
+"""The command line: `sbk info | explain | compare | verify`."""

@@ -1,0 +1,73 @@
+"""The one timer: contenders take turns, every sample starts with a cold L2, the result is a median with its confidence interval.
+
+On CUDA devices times come from events, on CPUs from perf_counter_ns. Correctness is the caller's to check, before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+L2_BYTES = 2**28  # more than any GPU's L2: writing this much evicts it
+WARMUP_CALLS = 3
+TARGET_SECONDS = 0.4  # time spent on each contender's samples
+MIN_SAMPLES, MAX_SAMPLES = 5, 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Samples in milliseconds; median and the 95 % interval of the median (order statistics)."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        ordered, n = sorted(self.samples), len(self.samples)
+        reach = math.ceil(0.98 * math.sqrt(n))
+        return ordered[max(0, n // 2 - reach)], ordered[min(n - 1, n // 2 + reach)]
+
+
+def _cuda_sample(function: Callable, flush: torch.Tensor) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _cpu_sample(function: Callable, _flush) -> float:
+    begin = time.perf_counter_ns()
+    function()
+    return (time.perf_counter_ns() - begin) / 1e6
+
+
+def measure(contenders: dict[str, Callable], device: str) -> dict[str, Timing]:
+    """Time argument-less functions in turns on one device; by name."""
+    if not contenders:
+        return {}
+    on_gpu = device.startswith("cuda")
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device) if on_gpu else None
+    sample = _cuda_sample if on_gpu else _cpu_sample
+    cost = {}
+    for name, function in contenders.items():
+        for _ in range(WARMUP_CALLS if on_gpu else 1):
+            sample(function, flush)
+        cost[name] = sample(function, flush)
+    slowest = max(cost.values()) / 1e3
+    rounds = int(min(MAX_SAMPLES, max(MIN_SAMPLES, TARGET_SECONDS / max(slowest, 1e-9))))
+    samples = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, function in contenders.items():
+            samples[name].append(sample(function, flush))
+    return {name: Timing(tuple(values)) for name, values in samples.items()}

@@ -1,0 +1,82 @@
+"""`sbk compare`: the main job. Every backend that works here, on synthetic and captured input."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from rich.markup import escape
+
+from ..bench import compare as bench
+from ..dispatch import BackendError, availability_text
+from ..verify import record
+from .main import EXCEEDED, INTERRUPTED, OK
+from .shared import backend_names, check_device, label, out, progress_bar, table
+
+PRIMARY = ("FlashAttention-2", "cuDNN", "SDPA math")
+
+
+def compare(arguments) -> int:
+    """Exit status 1 when an error bound was exceeded."""
+    device, names = check_device(arguments.device), backend_names(arguments.backend)
+    if arguments.input:
+        problems = bench.from_file(pathlib.Path(arguments.input), device)
+    else:
+        problems = bench.synthetic(device)
+        if bench.CAPTURED.exists():
+            problems += bench.from_file(bench.CAPTURED, device)
+    rows, interrupted = [], False
+    with progress_bar() as bar:
+        found, missing = bench.targets(device, names)
+        task = bar.add_task("", total=len(problems) * (len(found) + 1))
+        try:
+            bench.run(problems, device, found, rows, lambda *what: bar.update(task, advance=1, description=" ".join(what)))
+        except KeyboardInterrupt:
+            interrupted = True
+    ran = {row.backend for row in rows if row.relative_l2 is not None}
+    if not ran and not interrupted:
+        raise BackendError(f"no backend could run any of {len(problems)} problems\n{availability_text()}")
+    show(problems, rows, missing)
+    if arguments.json:
+        record.write(arguments.json, "compare", [dataclasses.asdict(row) for row in rows], device=device)
+        out.print(f"stored in {arguments.json}")
+    if interrupted:
+        out.print("interrupted: the problems above are complete, the others were not run")
+        return INTERRUPTED
+    return OK if all(row.ok for row in rows) else EXCEEDED
+
+
+def show(problems, rows, missing) -> None:
+    """The tables: one for each problem, then what could not run."""
+    softmax = [name for name in PRIMARY if any(name in row.ratios for row in rows)]
+    numbers = ("rel. L2", "x baseline", "ms", "TFLOP/s", *(f"x {name}" for name in softmax))
+    for problem in problems:
+        mine = [row for row in rows if row.problem == problem.name]
+        if not mine:
+            continue
+        x = problem.x
+        title = f"{problem.name}: q {tuple(x.q.shape)}, k {tuple(x.k.shape)}, {str(x.q.dtype)[6:]}"
+        if x.case.regime == "file":
+            median, p95 = bench.stick_lasts(x)
+            title += f"; the stick lasts {median:.0f} keys (median), {p95:.0f} (95th percentile); early stop on"
+        else:
+            title += f"; logits of mean {bench.inputs.ALIVE_LOGIT:g}, early stop off"
+        made = table(title, "backend", "pass", *numbers, "", right=numbers)
+        for row in mine:
+            cells = [_number(row.relative_l2, ".1e"), _number(row.to_baseline, ".2f"), _number(row.ms, ".3f")]
+            cells += [_number(row.tflops, ".1f"), *(_number(row.ratios.get(name), ".2f") for name in softmax)]
+            verdict = "" if row.ok else "[red]error bound exceeded[/red] "
+            made.add_row(label(row.backend, row.variant), row.direction, *cells, verdict + escape(row.note))
+        out.print(made)
+    out.print(
+        "rel. L2: against float64. x baseline: worst error over that of a straightforward computation in the same precision.\n"
+        "x softmax attention (torch's SDPA, same run): its time over ours, above 1 we are faster. TFLOP/s: causal half, five\n"
+        "products in the backward.",
+        style="dim",
+    )
+    for name, reason in missing.items():
+        out.print(f"cannot run here: {name}: {escape(reason)}")
+
+
+def _number(value, form: str) -> str:
+    return "-" if value is None else format(value, form)

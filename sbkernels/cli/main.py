@@ -1,0 +1,77 @@
+"""`sbk`: argument parsing and exit statuses. 0 fine, 1 a bound was exceeded, 2 the request cannot be met, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+
+OK, EXCEEDED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def default_device() -> str:
+    """cuda where there is one, else cpu, where Triton's kernels then run through its interpreter."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    # Has to be said before triton is first imported; who set it to 0 keeps it.
+    if "triton" not in sys.modules and importlib.util.find_spec("triton"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    return "cpu"
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="sbk", description="Kernel-engineering workbench for stick-breaking attention.")
+    commands = root.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="devices, versions, backends and why not, environment variables")
+
+    explain = commands.add_parser("explain", help="which backend and config a problem would run with, without running it")
+    shape = explain.add_argument_group("problem")
+    for name, default in (("batch", 1), ("heads", 16), ("queries", 0), ("keys", 4096), ("head-dim", 128)):
+        shape.add_argument(f"--{name}", type=int, default=default, metavar="N")
+    shape.add_argument("--kv-heads", type=int, metavar="N", help="default: as many as --heads")
+    shape.add_argument("--value-dim", type=int, metavar="N", help="default: --head-dim")
+    shape.add_argument("--dtype", default="bfloat16")
+    shape.add_argument("--varlen", action="store_true", help="--batch packed sequences of at most --keys tokens")
+    shape.add_argument("--attend-current", action="store_true")
+    explain.add_argument("--backend", help="as the argument backend= of a call")
+
+    compare = commands.add_parser("compare", help="errors and times of every backend beside the reference and softmax attention")
+    compare.add_argument("--input", metavar="FILE", help="take q, k, v (and cu_seqlens) from a safetensors file only")
+    compare.add_argument("--backend", action="append", help="only this backend (repeatable)")
+    compare.add_argument("--json", metavar="FILE", help="store the rows with environment and source hashes")
+
+    verify = commands.add_parser("verify", help="hold every backend against the float64 reference")
+    verify.add_argument("--backend", action="append", help="only this backend (repeatable)")
+    verify.add_argument("--dtype", action="append", help="only this dtype (repeatable)")
+    verify.add_argument("--quick", action="store_true", help="the small set of cases")
+    verify.add_argument("--record", metavar="FILE", help="store what was verified, with environment and source hashes")
+    verify.add_argument(
+        "--check-record", nargs="*", metavar="FILE", help="only say whether records describe the present sources; default: all"
+    )
+    for command in commands.choices.values():
+        command.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    return root
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `sbk` script; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    from rich.console import Console
+
+    console = Console(highlight=False, stderr=True)
+    try:
+        arguments.device = arguments.device or default_device()
+        from . import compare, explain, verify
+
+        commands = {"info": explain.info, "explain": explain.explain, "compare": compare.compare, "verify": verify.verify}
+        return commands[arguments.command](arguments)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        console.print(f"[red]sbk {arguments.command}:[/red]", end=" ")
+        console.print(str(error), markup=False, soft_wrap=True)
+        return REFUSED

@@ -1,0 +1,67 @@
+"""What commands share: checks of names, the progress bar, tables."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .. import dispatch, env
+from ..problem import DTYPES
+
+out = Console(highlight=False)
+
+
+def check_device(device: str) -> str:
+    """The device's full name; ValueError if torch has no such device."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device!r} is no device: expected cpu, cuda or cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device!r}: expected cpu, cuda or cuda:N")
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {device!r}: torch sees no CUDA device")
+        index = torch.cuda.current_device() if found.index is None else found.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device!r}: there are {torch.cuda.device_count()} CUDA devices")
+        return f"cuda:{index}"
+    return "cpu"
+
+
+def backend_names(asked: list[str] | None) -> tuple[str, ...] | None:
+    """Backends a command is restricted to: its --backend options, else SBKERNELS_BACKEND; None for all. ValueError if unknown."""
+    names, asked_by = (asked, "--backend") if asked else ([env.backend()] if env.backend() else [], env.BACKEND)
+    for name in names:
+        dispatch.check_name(name, asked_by)
+    return tuple(names) or None
+
+
+def check_dtypes(asked: list[str] | None) -> list[str] | None:
+    """ValueError if a dtype is not one of ours."""
+    for name in asked or ():
+        if name not in DTYPES:
+            raise ValueError(f"--dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return asked
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error that vanishes when done."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A plain table; columns named in `right` hold numbers."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        numbers = column in right
+        made.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
+    return made
+
+
+def label(backend: str, variant: str) -> str:
+    """How a backend's variant is called in tables."""
+    return f"{backend} ({variant})" if variant else backend

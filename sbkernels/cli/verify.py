@@ -1,0 +1,88 @@
+"""`sbk verify`: the differential harness, its record, and whether the record still holds."""
+
+from __future__ import annotations
+
+import pathlib
+
+from rich.markup import escape
+
+from ..dispatch import BackendError, availability_text
+from ..verify import record
+from ..verify import run as harness
+from .main import EXCEEDED, INTERRUPTED, OK
+from .shared import backend_names, check_device, check_dtypes, label, out, progress_bar, table
+
+
+def verify(arguments) -> int:
+    """Exit status 1 when a case fails, or a record is stale."""
+    if arguments.check_record is not None:
+        return check_records([pathlib.Path(p) for p in arguments.check_record] or sorted(record.FOLDER.glob("*.json")))
+    device = check_device(arguments.device)
+    jobs, missing = harness.plan(device, backend_names(arguments.backend), check_dtypes(arguments.dtype), arguments.quick)
+    if not jobs:
+        raise BackendError(f"nothing to verify on {device}\n{availability_text()}")
+    outcomes, interrupted = [], False
+    with progress_bar() as bar:
+        task = bar.add_task("", total=len(jobs))
+
+        def advance(outcome):
+            outcomes.append(outcome)
+            bar.update(task, advance=1, description=f"{label(outcome.backend, outcome.variant)} {outcome.dtype} {outcome.name}")
+            if not outcome.ok:
+                bar.console.print(f"FAILED {describe(outcome)}", markup=False, soft_wrap=True)
+
+        try:
+            harness.run(jobs, device, advance)
+        except KeyboardInterrupt:
+            interrupted = True
+    rows = harness.summary(outcomes)
+    numbers = ("run", "skipped", "failed", "worst", "rel. L2")
+    made = table(
+        f"verified on {device}: {len(outcomes)} of {len(jobs)}", "backend", "dtype", "pass", *numbers, "worst at", right=numbers
+    )
+    for row in rows:
+        l2 = "-" if row["pass"] == "properties" else f"{row['relative_l2']:.1e}"
+        counts = [str(row[name]) for name in numbers[:3]]
+        made.add_row(
+            label(row["backend"], row["variant"]),
+            row["dtype"],
+            row["pass"],
+            *counts,
+            f"{row['worst']:.2f}",
+            l2,
+            escape(row["where"]),
+        )
+    out.print(made)
+    out.print("worst: error over its bound, above 1 is a failure. rel. L2: the largest of any case.", style="dim")
+    for name, reason in missing.items():
+        out.print(f"cannot run here: {name}: {escape(reason)}")
+    failed = sum(not outcome.ok for outcome in outcomes)
+    if interrupted:
+        out.print(f"interrupted after {len(outcomes)} of {len(jobs)}, {failed} failed; nothing was recorded")
+        return INTERRUPTED
+    if arguments.record:
+        record.write(arguments.record, "verify", rows, device=device, failed=failed, cases=len(outcomes))
+        out.print(f"recorded in {arguments.record}")
+    out.print(f"{len(outcomes) - failed} passed, {failed} failed")
+    return EXCEEDED if failed else OK
+
+
+def describe(outcome: harness.Outcome) -> str:
+    """One line on a failure: what, where, by how much."""
+    bad = [f"{f.output} at {f.ratio:.3g} of its bound ({f.where})" for f in outcome.findings if not f.ok]
+    what = outcome.error or "; ".join(bad)
+    return f"{label(outcome.backend, outcome.variant)} {outcome.dtype} {outcome.name}: {what}"
+
+
+def check_records(paths: list[pathlib.Path]) -> int:
+    """Say of each record whether it describes the present sources."""
+    if not paths:
+        raise ValueError(f"no records in {record.FOLDER}")
+    status = OK
+    for path in paths:
+        differences = record.stale(path)
+        out.print(f"{path.name}: {'stale' if differences else 'of the present sources'}")
+        for line in differences:
+            out.print(f"  {escape(line)}")
+            status = EXCEEDED
+    return status

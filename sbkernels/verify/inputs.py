@@ -1,0 +1,176 @@
+"""Inputs that reach what random ones never do: regimes of logits, layouts in memory, shapes around tile edges."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+STOP = 150.0  # a logit that takes the whole stick: exp(-150) is 0 beside anything
+ALIVE_LOGIT = -6.0  # mean logit of the problems that are timed: over some thousand keys the stick is used up slowly
+REGIMES = (
+    "normal", "critical", "negative", "std10", "std30", "plus_minus_30", "plus_minus_150", "ternary", "stop_at_edge", "zero",
+)  # fmt: skip
+LAYOUTS = ("bhnd", "bnhd", "packed", "padded", "transposed", "broadcast")
+TILE = 64  # the tile edge stop_at_edge and the shapes aim at: a multiple of every backend's
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem of the harness; `lengths` makes it varlen."""
+
+    regime: str = "critical"
+    B: int = 1
+    H: int = 2
+    Hk: int = 2
+    M: int = 130
+    N: int = 130
+    D: int = 32
+    Dv: int = 32
+    layout: str = "bhnd"
+    attend_current: bool = False
+    skip: bool = False
+    lengths: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __str__(self) -> str:
+        default = Case()
+        parts = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)]
+        changed = [p for p, f in zip(parts, dataclasses.fields(self), strict=True) if getattr(self, f.name) != f.default]
+        return f"Case({', '.join(changed)})" if self != default else "Case()"
+
+
+def key_bias(regime: str, N: int, generator: torch.Generator) -> torch.Tensor | None:
+    """What a regime adds to the logits of each key [N], or None."""
+    pick = torch.rand(N, generator=generator)
+    if regime == "critical":
+        return torch.full((N,), -math.log(max(N, 2)))
+    if regime == "alive":
+        return torch.full((N,), ALIVE_LOGIT)
+    if regime == "negative":
+        return torch.full((N,), -15.0)
+    if regime in ("plus_minus_30", "plus_minus_150"):
+        return torch.where(pick < 0.5, -1.0, 1.0) * float(regime.rsplit("_", 1)[1])
+    if regime == "ternary":
+        return torch.where(pick < 0.8, -STOP, torch.where(pick < 0.97, 0.0, STOP))
+    if regime == "stop_at_edge":
+        bias = torch.full((N,), -4.0)
+        edge = N // TILE // 2 * TILE
+        bias[[j for j in (edge - 1, edge, edge + 1) if 0 <= j < N]] = STOP
+        return bias
+    return None
+
+
+def logit_parts(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 q [B, H, M, D], k [B, Hk, N, D] whose logits at the default scale follow the regime.
+
+    A key's bias comes in through the last column, where q holds a constant: no change to the operator is needed.
+    """
+    q = torch.randn(case.B, case.H, case.M, case.D, generator=generator, dtype=torch.float64)
+    k = torch.randn(case.B, case.Hk, case.N, case.D, generator=generator, dtype=torch.float64)
+    if case.regime == "zero":
+        return torch.zeros_like(q), k
+    if case.regime.startswith("std"):
+        return q * float(case.regime[3:]), k
+    bias = key_bias(case.regime, case.N, generator)
+    if bias is not None:
+        spread = 0.0 if case.regime == "ternary" else 1.0
+        q, k = q * spread, k * spread
+        q[..., -1] = math.sqrt(case.D)
+        k[..., -1] = bias.double()
+    return q, k
+
+
+def arrange(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The values of x [B, H, N, D] in other memory: same shape, other strides, last one 1."""
+    B, H, N, D = x.shape
+    if layout == "bnhd":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "packed":  # a slice of one projection's output [B, N, 3, H, D]
+        wide = x.new_full((B, N, 3, H, D), float("nan"))
+        wide[:, :, 1] = x.transpose(1, 2)
+        return wide[:, :, 1].transpose(1, 2)
+    if layout == "padded":  # rows with a gap behind them
+        wide = x.new_full((B, H, N, D + 24), float("nan"))
+        wide[..., :D] = x
+        return wide[..., :D]
+    if layout == "transposed":  # heads outermost
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "broadcast":  # one head's memory for all
+        return x[:, :1].expand(B, H, N, D)
+    return x.contiguous()
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Tensors of a case, canonical order; varlen: [1, H, T, ...] with cu_seqlens."""
+
+    case: Case
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    dremainder: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+
+
+def make(case: Case, dtype: torch.dtype, device: str) -> Inputs:
+    """Draw the case's inputs; the same for the same case, dtype by dtype."""
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    if case.lengths:
+        total = sum(case.lengths)
+        case = dataclasses.replace(case, B=1, M=total, N=total)
+    q, k = logit_parts(case, generator)
+    v = torch.randn(case.B, case.Hk, case.N, case.Dv, generator=generator, dtype=torch.float64)
+    dout = torch.randn(case.B, case.H, case.M, case.Dv, generator=generator, dtype=torch.float64)
+    dremainder = torch.randn(case.B, case.H, case.M, generator=generator, dtype=torch.float64)
+    q, k, v, dout = (arrange(x.to(dtype).to(device), case.layout) for x in (q, k, v, dout))
+    dremainder = dremainder.to(torch.float64 if dtype == torch.float64 else torch.float32).to(device)
+    cu_seqlens = None
+    if case.lengths:
+        bounds = [0, *torch.tensor(case.lengths).cumsum(0).tolist()]
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    return Inputs(case, q, k, v, dout, dremainder, cu_seqlens)
+
+
+def small_cases() -> list[Case]:
+    """A covering set for slow executors: each feature and each regime once or twice."""
+    return [
+        *(Case(regime, M=70, N=70, D=16, Dv=16, skip=i % 2 == 0, attend_current=i % 3 == 0) for i, regime in enumerate(REGIMES)),
+        *(Case(M=n, N=n, D=16, Dv=16, H=1, Hk=1, attend_current=n % 2 == 1) for n in (1, 2, 31, 32, 33)),
+        Case(M=3, N=70, D=16, Dv=16, H=4, Hk=2, attend_current=True),
+        Case(H=4, Hk=1, M=40, N=70, D=24, Dv=50, layout="bnhd", skip=True),
+        Case(H=4, Hk=2, M=65, N=65, D=50, Dv=16, layout="packed"),
+        Case(lengths=(33, 0, 1, 64, 2), D=16, Dv=16, H=4, Hk=2, skip=True),
+        Case("normal", lengths=(40, 31), D=16, Dv=24, H=2, Hk=1, attend_current=True),
+    ]
+
+
+def cases(large: bool) -> list[Case]:
+    """The harness's set: regimes, tile edges, layouts, head dims, groups, chunked prefill, varlen; large adds long ones."""
+    edges = (1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE, 500)
+    found = [
+        Case(regime, M=300, N=300, D=64, Dv=64, attend_current=current, skip=skip)
+        for regime in REGIMES
+        for current, skip in ((False, False), (True, True))
+    ]
+    found += [Case(M=n, N=n, attend_current=n % 2 == 0, skip=n > TILE) for n in edges]
+    found += [Case(M=m, N=n, attend_current=m % 2 == 0) for m, n in ((1, 2), (1, 200), (2, 65), (64, 128), (63, 500), (500, 501))]
+    found += [Case(layout=layout, B=2, H=4, M=90, N=100, D=64, Dv=64, skip=True) for layout in LAYOUTS]
+    found += [Case(D=D, Dv=Dv, M=150, N=150) for D, Dv in ((16, 16), (50, 80), (80, 50), (96, 96), (128, 64), (64, 128))]
+    found += [Case(D=D, Dv=D, M=192, N=192, skip=D > 200) for D in (128, 192, 256)]
+    found += [Case(H=H, Hk=Hk, M=100, N=170, skip=Hk == 1) for H, Hk in ((4, 2), (4, 1), (6, 2), (8, 8))]
+    found += [
+        Case(lengths=(130, 0, 1, 64, 65, 2, 300), H=4, Hk=2, D=64, Dv=64, attend_current=current, skip=current)
+        for current in (False, True)
+    ]
+    found += [Case("std10", lengths=(500, 3), D=50, Dv=64, skip=True)]
+    if large:
+        found += [
+            Case(regime, M=4096, N=4096, D=D, Dv=D, skip=skip)
+            for D in (64, 128)
+            for regime, skip in (("critical", False), ("critical", True), ("std10", True), ("std30", False), ("ternary", True))
+        ]
+        found += [Case(lengths=(4000, 17, 0, 2048, 1), H=8, Hk=2, D=128, Dv=128, skip=True), Case(M=512, N=8192, D=128, Dv=128)]
+    return found

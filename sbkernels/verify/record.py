@@ -1,0 +1,39 @@
+"""What was verified where: written with `sbk verify --record`, held against the present sources with --check-record."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from .. import environment
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "tests" / "records"
+
+
+def write(path, kind: str, rows: list[dict], **more) -> None:
+    """Store rows with everything that produced them."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"kind": kind, "environment": environment.describe(), **more, "rows": rows}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def stale(path) -> list[str]:
+    """In words, in what a record differs from the sources of the backends that load here; empty if in nothing.
+
+    ValueError if the file is not a record.
+    """
+    try:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        recorded = content["environment"]["sources"]
+        verified = {row["backend"] for row in content["rows"]}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a record: {error!r}") from error
+    present = environment.source_hashes()
+    return [
+        f"{name}: recorded sources {recorded.get(name)}, present sources {present[name]}"
+        for name in sorted(verified & present.keys())
+        if recorded.get(name) != present[name]
+    ]

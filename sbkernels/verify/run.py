@@ -1,0 +1,210 @@
+"""Runs the harness: every backend and variant, every dtype it takes, all cases and all properties."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+
+import torch
+
+from .. import registry
+from ..api import stickbreaking_attention, stickbreaking_attention_varlen
+from ..backends.base import guarded_outputs
+from ..dispatch import use_backend
+from ..problem import DTYPES, describe
+from . import inputs, properties, tolerance
+from .tolerance import Finding
+
+SKIP_BELOW = 2.0**-24
+
+
+@dataclasses.dataclass
+class Outcome:
+    """One case or property on one backend: its findings, or why it has none."""
+
+    backend: str
+    variant: str
+    dtype: str
+    name: str
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    skipped: str = ""
+    error: str = ""
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not self.error and all(finding.ok for finding in self.findings)
+
+
+def problem_of(x: inputs.Inputs):
+    """The forward Problem the API will make of these inputs."""
+    lengths = {"cu_seqlens": x.cu_seqlens, "max_seqlen": max(x.case.lengths)} if x.case.lengths else {}
+    skip_below = SKIP_BELOW if x.case.skip else 0.0
+    return describe(x.q, x.k, x.v, attend_current=x.case.attend_current, skip_below=skip_below, **lengths)
+
+
+@contextlib.contextmanager
+def variant_of(backend, variant: str, problem):
+    """use_backend with the configs of a variant; "" is the backend as dispatched."""
+    if not variant:
+        with use_backend(backend.name):
+            yield
+        return
+    forward, backward = (backend.variants(p)[variant] for p in (problem, problem.reversed()))
+    with use_backend(backend.name, forward=forward, backward=backward):
+        yield
+
+
+def attend(x: inputs.Inputs) -> tuple[torch.Tensor, ...]:
+    """out, remainder, dq, dk, dv in canonical order, through the public API, with poisoned and guarded outputs."""
+    case = x.case
+    q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
+    options = {"attend_current": case.attend_current, "skip_below": SKIP_BELOW if case.skip else 0.0}
+    with guarded_outputs():
+        if case.lengths:
+            flat = [t[0].transpose(0, 1) for t in (q, k, v)]
+            outputs = stickbreaking_attention_varlen(*flat, x.cu_seqlens, max(case.lengths), **options)
+            outputs = [t.transpose(0, 1)[None] for t in outputs]
+        elif case.layout == "bnhd":
+            outputs = stickbreaking_attention(*(t.transpose(1, 2) for t in (q, k, v)), layout="bnhd", **options)
+            outputs = [t.transpose(1, 2) for t in outputs]
+        else:
+            outputs = stickbreaking_attention(q, k, v, **options)
+        gradients = torch.autograd.grad(outputs, (q, k, v), (x.dout, x.dremainder))
+    return *(t.detach() for t in outputs), *gradients
+
+
+def expectation(x: inputs.Inputs) -> list[tuple[slice, tolerance.Expected]]:
+    """Reference, baseline and floor by stretch of tokens: one for a dense case, one a sequence for varlen."""
+    case, bounds = x.case, x.cu_seqlens.tolist() if x.case.lengths else None
+    spans = [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a] if bounds else [slice(None)]
+    skip_below = SKIP_BELOW if case.skip else 0.0
+    tensors = (x.q, x.k, x.v, x.dout, x.dremainder)
+    return [
+        (span, tolerance.expect(*(t[:, :, span] for t in tensors), attend_current=case.attend_current, skip_below=skip_below))
+        for span in spans
+    ]
+
+
+def judge(got: tuple[torch.Tensor, ...], expected) -> list[Finding]:
+    """Findings of all five outputs over all stretches."""
+    return [
+        tolerance.compare(tensor[:, :, span], expect, name)
+        for span, expect in expected
+        for name, tensor in zip(tolerance.OUTPUTS, got, strict=True)
+    ]
+
+
+def check_property(lab: properties.Lab, name: str) -> list[Finding]:
+    """A property's results as findings."""
+    found = []
+    for what, error, allowed in properties.PROPERTIES[name](lab):
+        ratio = 0.0 if error == 0 else error / allowed if allowed else float("inf")
+        found.append(Finding(what, ratio, 0.0, 0.0, f"error {error:.3g}, allowed {allowed:.3g}"))
+    return found
+
+
+def targets(device: str, names: tuple[str, ...] | None):
+    """(backend, variant) of every registered backend that loads, and {name: reason} of the others."""
+    found, missing = [], {}
+    for name in names or registry.names():
+        backend, reason = registry.try_load(name)
+        if backend is None:
+            missing[name] = reason
+            continue
+        problem = problem_of(inputs.make(inputs.Case(), torch.float16, device))
+        found += [(backend, variant) for variant in ("", *backend.variants(problem))]
+    return found, missing
+
+
+def plan(device: str, names=None, dtypes=None, quick: bool = False):
+    """[(backend, variant, dtype, case or property name)] of a run on this device, and {name: reason} of backends left out."""
+    found, missing = targets(device, names)
+    jobs = []
+    for backend, variant in found:
+        reasons = set()
+        for dtype in dtypes or DTYPES:
+            probe = problem_of(inputs.make(inputs.Case(), DTYPES[dtype], device))
+            reason = backend.unsupported(probe)
+            if reason:
+                reasons.add(reason)
+                continue
+            small = quick or backend.slow(probe) is not None
+            cases = inputs.small_cases() if small else inputs.cases(large=device != "cpu" and dtype in ("float16", "bfloat16"))
+            jobs += [(backend, variant, dtype, case) for case in cases]
+            jobs += [(backend, variant, dtype, name) for name in properties.PROPERTIES]
+        if not any(job[0] is backend for job in jobs):
+            missing[backend.name] = "; ".join(sorted(reasons))
+    return jobs, missing
+
+
+def run_job(job, device: str, cache: dict) -> Outcome:
+    """One job of `plan`; cache keeps the last case's inputs and expectation, which backends share."""
+    backend, variant, dtype, what = job
+    outcome = Outcome(backend.name, variant, dtype, str(what))
+    begin = time.perf_counter()
+    try:
+        if isinstance(what, str):
+            small = backend.slow(problem_of(inputs.make(inputs.Case(), DTYPES[dtype], device))) is not None
+            lab = properties.Lab(None, DTYPES[dtype], device, *((40, 16) if small else (100, 32)))
+            problem = problem_of(lab.inputs())
+            with variant_of(backend, variant, problem):
+                outcome.findings = check_property(lab, what)
+        else:
+            key = (what, dtype, device)
+            if key not in cache:
+                cache.clear()
+                x = inputs.make(what, DTYPES[dtype], device)
+                cache[key] = (x, expectation(x))
+            x, expected = cache[key]
+            problem = problem_of(x)
+            outcome.skipped = backend.unsupported(problem) or ""
+            if not outcome.skipped:
+                with variant_of(backend, variant, problem):
+                    outcome.findings = judge(attend(x), expected)
+    except Exception as error:  # a crash is a finding too: the harness goes on
+        outcome.error = f"{type(error).__name__}: {error}"
+    outcome.seconds = time.perf_counter() - begin
+    return outcome
+
+
+def ordered(jobs):
+    """Jobs with all backends' runs of one case next to each other, so that they share its reference."""
+    return sorted(jobs, key=lambda job: (isinstance(job[3], str), str(job[3]), job[2]))
+
+
+def run(jobs, device: str, progress=None) -> list[Outcome]:
+    """Run jobs; progress(outcome) is called after each."""
+    outcomes, cache = [], {}
+    for job in ordered(jobs):
+        outcome = run_job(job, device, cache)
+        outcomes.append(outcome)
+        if progress:
+            progress(outcome)
+    return outcomes
+
+
+def summary(outcomes: list[Outcome]) -> list[dict]:
+    """A row for each backend, variant, dtype and pass: counts, worst ratio and where, worst relative L2."""
+    rows = {}
+    for outcome in outcomes:
+        is_property = outcome.name in properties.PROPERTIES
+        passes = ("properties",) if is_property else ("forward", "backward")
+        for direction in passes:
+            key = (outcome.backend, outcome.variant, outcome.dtype, direction)
+            row = rows.setdefault(key, {"run": 0, "skipped": 0, "failed": 0, "worst": 0.0, "where": "", "relative_l2": 0.0})
+            if outcome.skipped:
+                row["skipped"] += 1
+                continue
+            row["run"] += 1
+            wanted = [f for f in outcome.findings if is_property or (f.output in tolerance.GRADIENTS) == (direction == "backward")]
+            row["failed"] += bool(outcome.error) or not all(f.ok for f in wanted)
+            for f in wanted:
+                if f.ratio > row["worst"]:
+                    row["worst"], row["where"] = f.ratio, f"{outcome.name}: {f.output}, {f.where}"
+                if f.output != "remainder":
+                    row["relative_l2"] = max(row["relative_l2"], f.relative_l2)
+    names = ("backend", "variant", "dtype", "pass")
+    return [dict(zip(names, key, strict=True)) | row for key, row in rows.items()]
