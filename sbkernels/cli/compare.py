@@ -10,6 +10,7 @@ from rich.markup import escape
 from ..bench import compare as bench
 from ..dispatch import BackendError, availability_text
 from ..verify import record
+from ..verify.run import targets
 from .main import EXCEEDED, INTERRUPTED, OK
 from .shared import backend_names, check_device, label, out, progress_bar, table
 
@@ -27,7 +28,7 @@ def compare(arguments) -> int:
             problems += bench.from_file(bench.CAPTURED, device)
     rows, interrupted = [], False
     with progress_bar() as bar:
-        found, missing = bench.targets(device, names)
+        found, missing = targets(device, names)
         task = bar.add_task("", total=len(problems) * (len(found) + 1))
         try:
             bench.run(problems, device, found, rows, lambda *what: bar.update(task, advance=1, description=" ".join(what)))
@@ -62,12 +63,20 @@ def show(problems, rows, missing) -> None:
         else:
             title += f"; logits of mean {bench.inputs.ALIVE_LOGIT:g}, early stop off"
         made = table(title, "backend", "pass", *numbers, "", right=numbers)
+        notes = {}
         for row in mine:
+            who = label(row.backend, row.variant)
+            if row.note and row.ok:
+                notes.setdefault(row.note, dict.fromkeys([who]))[who] = None
+            if row.relative_l2 is None:
+                continue
             cells = [_number(row.relative_l2, ".1e"), _number(row.to_baseline, ".2f"), _number(row.ms, ".3f")]
-            cells += [_number(row.tflops, ".1f"), *(_number(row.ratios.get(name), ".2f") for name in softmax)]
-            verdict = "" if row.ok else "[red]error bound exceeded[/red] "
-            made.add_row(label(row.backend, row.variant), row.direction, *cells, verdict + escape(row.note))
+            cells += [_number(row.tflops, ".2f"), *(_number(row.ratios.get(name), ".2f") for name in softmax)]
+            made.add_row(who, row.direction, *cells, "" if row.ok else f"[red]bound exceeded[/red] {escape(row.note)}")
         out.print(made)
+        for note, names in notes.items():
+            out.print(f"  {', '.join(names)}: {escape(note)}", style="dim")
+        out.print()
     out.print(
         "rel. L2: against float64. x baseline: worst error over that of a straightforward computation in the same precision.\n"
         "x softmax attention (torch's SDPA, same run): its time over ours, above 1 we are faster. TFLOP/s: causal half, five\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -10,7 +11,12 @@ from rich.table import Table
 from .. import dispatch, env
 from ..problem import DTYPES
 
+NAMES = ("backend", "pass", "dtype", "name")  # columns that never wrap
+# Tables need this many columns; where output is no terminal, nothing else says how wide it may be.
+WIDTH = 110
 out = Console(highlight=False)
+if not out.is_terminal:
+    out = Console(highlight=False, width=WIDTH)
 
 
 def check_device(device: str) -> str:
@@ -55,10 +61,10 @@ def progress_bar() -> Progress:
 
 def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     """A plain table; columns named in `right` hold numbers."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        numbers = column in right
-        made.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
+        numbers = column in right or column in NAMES
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=numbers, overflow="fold")
     return made
 
 
