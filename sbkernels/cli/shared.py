@@ -60,8 +60,9 @@ def progress_bar() -> Progress:
 
 
 def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A plain table; columns named in `right` hold numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
+    """Print the title and make a plain table under it; columns named in `right` hold numbers."""
+    out.print(title, style="bold", markup=False, soft_wrap=True)
+    made = Table(header_style="dim", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         numbers = column in right or column in NAMES
         made.add_column(column, justify="right" if column in right else "left", no_wrap=numbers, overflow="fold")

@@ -32,7 +32,7 @@ def verify(arguments) -> int:
                 bar.console.print(f"FAILED {describe(outcome)}", markup=False, soft_wrap=True)
 
         try:
-            harness.run(jobs, device, advance)
+            harness.run(jobs, device, advance, arguments.processes)
         except KeyboardInterrupt:
             interrupted = True
     rows = harness.summary(outcomes)

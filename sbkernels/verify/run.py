@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import multiprocessing
 import time
 
 import torch
@@ -133,17 +135,18 @@ def plan(device: str, names=None, dtypes=None, quick: bool = False):
                 continue
             small = quick or backend.slow(probe) is not None
             cases = inputs.small_cases() if small else inputs.cases(large=device != "cpu" and dtype in ("float16", "bfloat16"))
-            jobs += [(backend, variant, dtype, case) for case in cases]
-            jobs += [(backend, variant, dtype, name) for name in properties.PROPERTIES]
-        if not any(job[0] is backend for job in jobs):
+            jobs += [(backend.name, variant, dtype, case) for case in cases]
+            jobs += [(backend.name, variant, dtype, name) for name in properties.PROPERTIES]
+        if not any(job[0] == backend.name for job in jobs):
             missing[backend.name] = "; ".join(sorted(reasons))
     return jobs, missing
 
 
 def run_job(job, device: str, cache: dict) -> Outcome:
     """One job of `plan`; cache keeps the last case's inputs and expectation, which backends share."""
-    backend, variant, dtype, what = job
-    outcome = Outcome(backend.name, variant, dtype, str(what))
+    name, variant, dtype, what = job
+    backend = registry.load(name)
+    outcome = Outcome(name, variant, dtype, str(what))
     begin = time.perf_counter()
     try:
         if isinstance(what, str):
@@ -170,20 +173,41 @@ def run_job(job, device: str, cache: dict) -> Outcome:
     return outcome
 
 
-def ordered(jobs):
-    """Jobs with all backends' runs of one case next to each other, so that they share its reference."""
-    return sorted(jobs, key=lambda job: (isinstance(job[3], str), str(job[3]), job[2]))
+def groups(jobs) -> list[list]:
+    """Jobs in groups that share a case's inputs and reference."""
+    found = {}
+    for job in jobs:
+        found.setdefault((str(job[3]), job[2]), []).append(job)
+    return list(found.values())
 
 
-def run(jobs, device: str, progress=None) -> list[Outcome]:
-    """Run jobs; progress(outcome) is called after each."""
-    outcomes, cache = [], {}
-    for job in ordered(jobs):
-        outcome = run_job(job, device, cache)
-        outcomes.append(outcome)
-        if progress:
-            progress(outcome)
-    return outcomes
+def run_group(group, device: str) -> list[Outcome]:
+    """Outcomes of one group, in this process."""
+    cache = {}
+    return [run_job(job, device, cache) for job in group]
+
+
+def run(jobs, device: str, progress, processes: int = 1) -> None:
+    """Run jobs, calling progress(outcome) after each; several processes mostly compile, which takes longest on a GPU."""
+    if processes <= 1:
+        for group in groups(jobs):
+            for outcome in run_group(group, device):
+                progress(outcome)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        waiting = {pool.submit(run_group, group, device): group for group in groups(jobs)}
+        try:
+            for done in concurrent.futures.as_completed(waiting):
+                try:
+                    outcomes = done.result()
+                except Exception as error:  # the worker died: all of its group failed
+                    outcomes = [Outcome(*job[:3], str(job[3]), error=f"worker process: {error!r}") for job in waiting[done]]
+                for outcome in outcomes:
+                    progress(outcome)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def summary(outcomes: list[Outcome]) -> list[dict]:

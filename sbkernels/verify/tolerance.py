@@ -108,6 +108,7 @@ def expect(q, k, v, dout, dremainder, *, scale=None, attend_current=False, skip_
                 floor[name][b, head] += sizes[name].double() + (skip_below + USED_UP) * stopped[name].double()
     for name in OUTPUTS:
         stored = working if name == "remainder" else q.dtype
+        floor[name] += torch.finfo(stored).smallest_normal * half_ulp(stored)  # half of the smallest step there is
         baseline[name] = baseline[name].to(stored).double()
     return Expected(exact, baseline, floor, q.dtype)
 
