@@ -35,7 +35,9 @@ class Resources:
 
 
 def signature(kernel, arguments: dict) -> tuple[dict, dict, dict]:
-    """(types, constants, attributes) the JIT would give these arguments."""
+    """(types, constants, attributes) the JIT would give these arguments; TypeError unless they are the kernel's, all of them."""
+    if arguments.keys() != set(kernel.arg_names):
+        raise TypeError(f"{kernel.__name__}: arguments that differ: {sorted(arguments.keys() ^ set(kernel.arg_names))}")
     types, constants, attributes = {}, {}, {}
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     for index, name in enumerate(kernel.arg_names):

@@ -222,12 +222,16 @@ def _shapes(call: Call, config) -> dict:
         "BLOCK_N": config.BLOCK_N,
         "ATTEND_CURRENT": problem.attend_current,
         "VARLEN": problem.varlen,
-        "EVEN_N": not problem.varlen and problem.keys % config.BLOCK_N == 0,
         "SKIP": call.skip_below > 0,
         "LOG_SPACE": config.LOG_SPACE,
         "scale_log2": call.scale * math.log2(math.e),
         "cu_seqlens_ptr": call.cu_seqlens,
     }
+
+
+def _even(problem: Problem, length: int, block: int) -> bool:
+    """Whether no block reaches beyond the end of a sequence."""
+    return not problem.varlen and length % block == 0
 
 
 def _strides(**tensors: torch.Tensor) -> dict:
@@ -256,6 +260,7 @@ def plan_forward(call: Call, config: TritonForward, out, remainder, oldest_tile,
         "log2_oldest_ptr": log2_oldest,
         "skip_below": float(call.skip_below),
         "SKIP_FIRST": config.SKIP_FIRST,
+        "EVEN_N": _even(problem, problem.keys, config.BLOCK_N),
     }
     programs = triton.cdiv(problem.queries, config.BLOCK_M) * problem.batch * problem.heads
     return Launch(forward_kernel, programs, arguments, config.NUM_WARPS, config.NUM_STAGES)
@@ -295,6 +300,7 @@ def plan_backward(
         "oldest_tile_ptr": oldest_tile,
         "log2_oldest_ptr": log2_oldest,
         "dq_ptr": dq,
+        "EVEN_N": _even(problem, problem.keys, config.BLOCK_N),
     }
     keys = {
         **shared,
@@ -306,7 +312,7 @@ def plan_backward(
         "dv_ptr": dv,
         "dk_sum_ptr": sums[0],
         "dv_sum_ptr": sums[1],
-        "EVEN_M": not problem.varlen and problem.queries % config.BLOCK_M == 0,
+        "EVEN_M": _even(problem, problem.queries, config.BLOCK_M),
     }
     for unit in range(0, units, chunk_units):
         units_here = min(chunk_units, units - unit)

@@ -113,11 +113,12 @@ def zero_logits(lab: Lab) -> Result:
     q = torch.zeros(1, 1, n, lab.D, dtype=lab.dtype, device=lab.device)
     v = torch.eye(n, lab.D, dtype=lab.dtype, device=lab.device)[None, None]
     out, r = lab.attend(q, q, v)
-    i = torch.arange(n, device=lab.device, dtype=torch.float64)
-    exact = torch.where(i[None, :] < i[:, None], 2.0 ** -(i[:, None] - i[None, :]), 0.0)
+    i = torch.arange(n)
+    power = torch.ldexp(torch.ones(n, dtype=torch.float64), -i).to(lab.device)  # pow() is not exact on every device
+    exact = torch.where(i[None, :] < i[:, None], power.cpu()[(i[:, None] - i[None, :]).clamp_min(0)], 0.0).to(lab.device)
     smallest = torch.finfo(lab.dtype).smallest_normal
     kept = torch.where(exact < smallest, out[0, 0, :, :n].double(), exact)
-    return [("A", largest(out[0, 0, :, :n].double() - kept), 0.0), ("r", largest(r[0, 0].double() - 2.0**-i), 0.0)]
+    return [("A", largest(out[0, 0, :, :n].double() - kept), 0.0), ("r", largest(r[0, 0].double() - power), 0.0)]
 
 
 @check

@@ -19,10 +19,10 @@ BAND = 64
 FORWARD_FACTOR, BACKWARD_FACTOR = 2.0, 3.0
 OUTPUTS = ("out", "remainder", "dq", "dk", "dv")
 GRADIENTS = OUTPUTS[2:]
-# A stick is a product of up to N factors, each rounded, as is each product: a random walk of 2 N steps of at most half an ulp,
-# so of standard deviation sqrt(2 N / 3) half ulps: four of those in SIGMAS * sqrt(N) half ulps. A logit is a sum of D products,
-# whose roundings move A by SIGMAS * sqrt(sum of the products' squares) half ulps.
-SIGMAS = 4.0
+# A stick is a product of up to N factors 1 / (1 + 2^s): three roundings each, of the sum, the quotient and the product, of at
+# most half an ulp: a random walk whose standard deviation is sqrt(3 N / 3) half ulps. A logit is a sum of D products, whose
+# roundings walk by sqrt(sum of the products' squares). Five standard deviations are exceeded once in two million.
+SIGMAS = 5.0
 # What a backend may take for a used-up stick, early stop or not: MIN_STICK of the kernels.
 USED_UP = 2.0**-62
 
