@@ -8,6 +8,7 @@ import math
 import torch
 
 STOP = 150.0  # a logit that takes the whole stick: exp(-150) is 0 beside anything
+DRAWN_ON_DEVICE = 2**22  # from this many numbers on, drawing them on the CPU takes longer than all else
 ALIVE_LOGIT = -6.0  # mean logit of the problems that are timed: over some thousand keys the stick is used up slowly
 REGIMES = (
     "normal", "critical", "negative", "std10", "std30", "plus_minus_30", "plus_minus_150", "ternary", "stop_at_edge", "zero",
@@ -43,19 +44,19 @@ class Case:
 
 def key_bias(regime: str, N: int, generator: torch.Generator) -> torch.Tensor | None:
     """What a regime adds to the logits of each key [N], or None."""
-    pick = torch.rand(N, generator=generator)
+    pick = torch.rand(N, generator=generator, device=generator.device)
     if regime == "critical":
-        return torch.full((N,), -math.log(max(N, 2)))
+        return torch.full((N,), -math.log(max(N, 2)), device=generator.device)
     if regime == "alive":
-        return torch.full((N,), ALIVE_LOGIT)
+        return torch.full((N,), ALIVE_LOGIT, device=generator.device)
     if regime == "negative":
-        return torch.full((N,), -15.0)
+        return torch.full((N,), -15.0, device=generator.device)
     if regime in ("plus_minus_30", "plus_minus_150"):
         return torch.where(pick < 0.5, -1.0, 1.0) * float(regime.rsplit("_", 1)[1])
     if regime == "ternary":
         return torch.where(pick < 0.8, -STOP, torch.where(pick < 0.97, 0.0, STOP))
     if regime == "stop_at_edge":
-        bias = torch.full((N,), -4.0)
+        bias = torch.full((N,), -4.0, device=generator.device)
         edge = N // TILE // 2 * TILE
         bias[[j for j in (edge - 1, edge, edge + 1) if 0 <= j < N]] = STOP
         return bias
@@ -67,8 +68,8 @@ def logit_parts(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, t
 
     A key's bias comes in through the last column, where q holds a constant: no change to the operator is needed.
     """
-    q = torch.randn(case.B, case.H, case.M, case.D, generator=generator, dtype=torch.float64)
-    k = torch.randn(case.B, case.Hk, case.N, case.D, generator=generator, dtype=torch.float64)
+    q = torch.randn(case.B, case.H, case.M, case.D, generator=generator, dtype=torch.float64, device=generator.device)
+    k = torch.randn(case.B, case.Hk, case.N, case.D, generator=generator, dtype=torch.float64, device=generator.device)
     if case.regime == "zero":
         return torch.zeros_like(q), k
     if case.regime.startswith("std"):
@@ -117,14 +118,15 @@ class Inputs:
 
 def make(case: Case, dtype: torch.dtype, device: str) -> Inputs:
     """Draw the case's inputs; the same for the same case, dtype by dtype."""
-    generator = torch.Generator().manual_seed(case.seed + 1)
+    large = case.B * case.H * case.M * case.D > DRAWN_ON_DEVICE
+    generator = torch.Generator(device if large else "cpu").manual_seed(case.seed + 1)
     if case.lengths:
         total = sum(case.lengths)
         case = dataclasses.replace(case, B=1, M=total, N=total)
     q, k = logit_parts(case, generator)
-    v = torch.randn(case.B, case.Hk, case.N, case.Dv, generator=generator, dtype=torch.float64)
-    dout = torch.randn(case.B, case.H, case.M, case.Dv, generator=generator, dtype=torch.float64)
-    dremainder = torch.randn(case.B, case.H, case.M, generator=generator, dtype=torch.float64)
+    v = torch.randn(case.B, case.Hk, case.N, case.Dv, generator=generator, dtype=torch.float64, device=generator.device)
+    dout = torch.randn(case.B, case.H, case.M, case.Dv, generator=generator, dtype=torch.float64, device=generator.device)
+    dremainder = torch.randn(case.B, case.H, case.M, generator=generator, dtype=torch.float64, device=generator.device)
     q, k, v, dout = (arrange(x.to(dtype).to(device), case.layout) for x in (q, k, v, dout))
     dremainder = dremainder.to(torch.float64 if dtype == torch.float64 else torch.float32).to(device)
     cu_seqlens = None

@@ -180,7 +180,7 @@ def null_keys(lab: Lab) -> Result:
 @check
 def order_of_keys(lab: Lab) -> Result:
     """Permuting the keys of one query keeps r and changes o."""
-    x = lab.inputs()
+    x = lab.inputs("critical")
     order = torch.randperm(lab.N, generator=torch.Generator().manual_seed(5)).to(lab.device)
     q = x.q[:, :, -1:]
     out, r = lab.attend(q, x.k, x.v, attend_current=True)
