@@ -18,10 +18,10 @@ from .. import env
 from ..problem import Problem
 from .base import Backend, Call
 
-# Elements of one tile array the default block sizes aim at: 1 MiB of float32, which stays in a core's L2 cache.
-TILE_ELEMENTS = 2**18
-# On a GPU a tile has to fill the machine and hide the launches instead.
-TILE_ELEMENTS_GPU = 2**25
+# Elements of one tile array the default sizes aim at: on a CPU 1 MiB of float32, which stays in a core's L2 cache; on a GPU
+# enough to fill the machine and hide the launches.
+TILE_ELEMENTS_CPU, BLOCKS_CPU = 2**18, (128, 128)
+TILE_ELEMENTS_GPU, BLOCKS_GPU = 2**25, (1024, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,10 @@ class TorchBackend(Backend):
         return None
 
     def default_config(self, problem: Problem) -> TorchConfig:
-        block_n = min(128, _ceil_to(problem.keys, 16))
-        block_m = min(128, _ceil_to(problem.queries, 16))
-        budget = TILE_ELEMENTS if problem.device_type == "cpu" else TILE_ELEMENTS_GPU
+        on_cpu = problem.device_type == "cpu"
+        block_m, block_n = BLOCKS_CPU if on_cpu else BLOCKS_GPU
+        block_m, block_n = min(block_m, _ceil_to(problem.queries, 16)), min(block_n, _ceil_to(problem.keys, 16))
+        budget = TILE_ELEMENTS_CPU if on_cpu else TILE_ELEMENTS_GPU
         heads = max(1, budget // (block_m * block_n * problem.group))
         units = (1 if problem.varlen else problem.batch) * problem.kv_heads
         return TorchConfig(block_m, block_n, min(heads, max(units, 1)))

@@ -64,10 +64,10 @@ def measure(contenders: dict[str, Callable], device: str) -> dict[str, Timing]:
         for _ in range(WARMUP_CALLS if on_gpu else 1):
             sample(function, flush)
         cost[name] = sample(function, flush)
-    slowest = max(cost.values()) / 1e3
-    rounds = int(min(MAX_SAMPLES, max(MIN_SAMPLES, TARGET_SECONDS / max(slowest, 1e-9))))
+    rounds = {name: round(min(MAX_SAMPLES, max(MIN_SAMPLES, TARGET_SECONDS / max(ms / 1e3, 1e-9)))) for name, ms in cost.items()}
     samples = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for turn in range(max(rounds.values())):
         for name, function in contenders.items():
-            samples[name].append(sample(function, flush))
+            if turn < rounds[name]:
+                samples[name].append(sample(function, flush))
     return {name: Timing(tuple(values)) for name, values in samples.items()}

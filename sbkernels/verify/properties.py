@@ -163,9 +163,8 @@ def full_stop(lab: Lab) -> Result:
 @check
 def null_keys(lab: Lab) -> Result:
     """Keys of logit -STOP change nothing."""
-    x = lab.inputs()
-    q, k = x.q.clone(), x.k.clone()
-    q[..., -1], k[..., -1] = math.sqrt(lab.D), 0.0
+    x = lab.inputs("critical")
+    q, k = x.q, x.k
     null = torch.zeros_like(k)
     null[..., -1] = -STOP
     twice = lambda x, y: torch.stack((x, y), 3).flatten(2, 3)  # noqa: E731
@@ -173,7 +172,7 @@ def null_keys(lab: Lab) -> Result:
     out2, r2 = lab.attend(q[:, :, -1:], twice(k, null), twice(x.v, x.v), attend_current=True)
     return [
         ("o", largest(out.double() - out2.double()), 3 * lab.u * largest(x.v) + lab.e * largest(x.v)),
-        ("r", largest(r - r2), lab.e * largest(r)),
+        ("r", largest(r / r2 - 1), 2 * lab.e),
     ]
 
 
