@@ -91,6 +91,10 @@ def _run(problem, backend, q, k, v, cu_seqlens, scale, skip_below):
     forward = dispatch.choose(problem, backend)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     backward = dispatch.choose(problem.reversed(), backend) if differentiable else None
+    if backward is not None:
+        reason = backward.backend.mismatch(forward.config, backward.config)
+        if reason is not None:
+            raise ValueError(f"backend {backward.backend.name!r}: {reason}")
     call = Call(problem, q.detach(), k.detach(), v.detach(), scale, skip_below, cu_seqlens)
     return _StickBreaking.apply(q, k, v, call, forward, backward)
 

@@ -96,6 +96,9 @@ def choose(problem: Problem, backend: str | None = None) -> Choice:
         override_name, override_configs = _override.get()
         override = override_configs.get(problem.direction) if override_name == name else None
         if override is not None:
+            reason = chosen.illegal(problem, override)
+            if reason is not None:
+                raise ValueError(f"use_backend({name!r}, {problem.direction}={override}): {reason}")
             return Choice(chosen, override, asked_by, "use_backend()")
         return Choice(chosen, *_config(chosen, problem, asked_by))
     for candidate in registry.names():

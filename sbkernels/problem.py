@@ -9,6 +9,7 @@ import torch
 
 LAYOUTS = ("bhnd", "bnhd")
 MAX_HEAD_DIM = 256
+ALIGNMENT = 16  # bytes of the widest load
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -40,6 +41,7 @@ class Problem:
     tokens: int = 0
     attend_current: bool = False
     skip: bool = True  # early stop on
+    aligned: bool = True  # every row of q, k and v starts on a multiple of ALIGNMENT bytes, and of tensors of their widths can
     direction: Literal["forward", "backward"] = "forward"
 
     @property
@@ -75,9 +77,16 @@ class Problem:
         lengths = f"N={self.keys}" if self.queries == self.keys else f"M={self.queries} N={self.keys}"
         heads = f"H={self.heads}" if self.group == 1 else f"H={self.heads}/{self.kv_heads}"
         dims = f"D={self.head_dim}" if self.head_dim == self.value_dim else f"D={self.head_dim}/{self.value_dim}"
-        flags = [f for f, on in (("varlen", self.varlen), ("attend_current", self.attend_current)) if on]
+        named = {"varlen": self.varlen, "attend_current": self.attend_current, "unaligned": not self.aligned}
+        flags = [name for name, on in named.items() if on]
         text = f"{self.direction} B={self.batch} {heads} {lengths} {dims} {self.dtype} {self.layout} {self.device}"
         return " ".join([text, *flags])
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether rows of x, and of a dense tensor as wide, start on multiples of ALIGNMENT bytes."""
+    steps = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    return x.data_ptr() % ALIGNMENT == 0 and all(step * x.element_size() % ALIGNMENT == 0 for step in [*steps, x.shape[-1]])
 
 
 def describe(q, k, v, *, layout="bhnd", cu_seqlens=None, max_seqlen=None, attend_current=False, skip_below=2.0**-24):
@@ -98,4 +107,5 @@ def describe(q, k, v, *, layout="bhnd", cu_seqlens=None, max_seqlen=None, attend
         tokens=q.shape[2] if varlen else 0,
         attend_current=attend_current,
         skip=skip_below > 0,
+        aligned=all(map(is_aligned, (q, k, v))),
     )

@@ -110,6 +110,10 @@ class Backend:
         """Why this config may not be used for the problem; None if it may."""
         raise NotImplementedError
 
+    def mismatch(self, forward, backward) -> str | None:
+        """Why a backward may not run with this config on what a forward with that one has saved; None if it may."""
+        return None
+
     def candidates(self, problem: Problem):
         """(legal configs, [(config, reason)] of the rejected ones) of the backend's config space."""
         legal, rejected = [], []

@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError("Triton is not installed: pip install 'sbkernels[triton]'") from error
 
 from .. import env
-from ..problem import Problem
+from ..problem import Problem, is_aligned
 from ..triton_kernels import step
 from ..triton_kernels.backward_keys import backward_keys_kernel
 from ..triton_kernels.backward_queries import backward_queries_kernel
@@ -123,10 +123,20 @@ class TritonBackend(Backend):
                 return f"{field}={value}: expected 1 to 64"
         if config.BLOCK_N < 32:
             return f"BLOCK_N={config.BLOCK_N}: a row's keys are 4 runs of at least 8"
+        hopper = problem.device_type == "cuda" and device_capability(problem.device) >= (9, 0)
+        if hopper and not problem.aligned and (config.BLOCK_M, config.BLOCK_N) != (32, 32):
+            return "unaligned rows need 32 by 32 tiles on sm_90: see UNALIGNED_SM90"
+        if hopper and getattr(config, "KEYS_TRANSPOSED", False) and config.KEYS_NUM_STAGES < 2:
+            return "KEYS_TRANSPOSED needs KEYS_NUM_STAGES of 2 or more: see UNALIGNED_SM90"
+        return None
+
+    def mismatch(self, forward, backward) -> str | None:
+        if forward.BLOCK_N != backward.BLOCK_N:
+            return f"BLOCK_N={forward.BLOCK_N} forward and {backward.BLOCK_N} backward: expected the same"
         return None
 
     def config_space(self, problem: Problem):
-        stages, blocks = (1, 2, 3, 4), [(64, 32), (64, 64), (128, 32), (128, 64)]
+        stages, blocks = (2, 3, 4), [(64, 32), (64, 64), (128, 32), (128, 64)]
         for block_m, block_n in blocks:
             for warps in (4, 8):
                 if problem.direction == "forward":
@@ -150,7 +160,8 @@ class TritonBackend(Backend):
 
     def backward(self, call: Call, config: TritonBackward, remainder, saved, dout, dremainder):
         dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        if dout.stride(-1) != 1 or (call.problem.aligned and not is_aligned(dout)):
+            dout = dout.contiguous()
         with _on_device(call.q):
             for launch in plan_backward(call, config, remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv):
                 launch.run()
@@ -191,6 +202,13 @@ ROOMY_SM80 = {
     128: (TritonForward(64, 32, 4, 2), TritonBackward(64, 32, 4, 2, 8, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
     256: (TritonForward(64, 32, 8, 2), TritonBackward(64, 32, 8, 2, 8, 1, KEYS_RECOMPUTE=True)),
 }
+# Rows that do not start on 16 bytes cannot be copied asynchronously, and Triton 3.6 then gives wgmma wrong descriptors of the
+# tiles (seen at Dv = 50: wrong dk; with KEYS_NUM_STAGES = 1: shared addresses out of range). Products of 32 rows use mma.sync.
+UNALIGNED_SM90 = {
+    64: (TritonForward(32, 32, 2, 1), TritonBackward(32, 32, 2, 1, 2, 1)),
+    128: (TritonForward(32, 32, 4, 1), TritonBackward(32, 32, 4, 1, 4, 1)),
+    256: (TritonForward(32, 32, 8, 1), TritonBackward(32, 32, 8, 1, 8, 1)),
+}
 INTERPRETER_DEFAULTS = (TritonForward(32, 32, 4, 1), TritonBackward(32, 32, 4, 1, 4, 1))
 
 
@@ -204,9 +222,15 @@ def default_config(problem: Problem, capability: tuple[int, int], log_space: boo
         and problem.queries % 64 == problem.keys % 64 == 0
         and all(dim in (16, 32, 64, 128) for dim in dims)
     )
-    lines = TIDY_SM90 if tidy else ROOMY_SM90 if capability >= (9, 0) else ROOMY_SM80
+    if capability < (9, 0):
+        lines = ROOMY_SM80
+    elif not problem.aligned:
+        lines = UNALIGNED_SM90
+    else:
+        lines = TIDY_SM90 if tidy else ROOMY_SM90
     both = next(line for largest, line in lines.items() if max(dims) <= largest)
-    both = INTERPRETER_DEFAULTS if interpreting() else both
+    if interpreting():
+        both = INTERPRETER_DEFAULTS
     return dataclasses.replace(both[problem.direction == "backward"], LOG_SPACE=log_space)
 
 

@@ -40,8 +40,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def _head(q, k, v, dout, dremainder, dtype, scale, mask):
     """Straightforward computation for one head in working precision, products' operands rounded to dtype; and its terms' sizes.
 
-    Returns results and the size of their terms by output name; what rounding in working precision may move, with |.| on every term, since cancellation
-    leaves the noise of its terms; and what a stick left out may move, per unit of stick.
+    Returns by output name: results; the size of their terms, with |.| on each, since cancellation leaves the noise of terms;
+    what rounding in working precision may move; and what a stick left out may move, per unit of stick.
     """
     z = (q @ k.T) * scale
     log_rest = F.logsigmoid(-z).masked_fill(~mask, 0.0)
