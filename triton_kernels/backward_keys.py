@@ -32,8 +32,8 @@ def last_visitor(block_oldest_ptr, blocks, tile):
 def add_product(sum, x, rows, TRANSPOSED: tl.constexpr):
     """sum + x^T rows for x [BLOCK_M, BLOCK_N] and rows [BLOCK_M, width]; TRANSPOSED keeps the transpose of the sum.
 
-    NOTE: one operand of wgmma may come from registers. As x^T it is the better half at D = 128 (1.62 against 1.68 ms at
-    B, H, N = 4, 16, 4096 on an H100), at D = 64 both from shared memory are (1.76 against 2.03 ms at 4, 32, 4096).
+    NOTE: not transposed, x^T comes from registers. On an H100 the two are equal at D = 128 (1.33 and 1.34 ms at B, H, N = 4, 16,
+    4096), where the transposed one compiles without spills; at D = 64 it is the faster (1.63 against 1.94 ms at 4, 32, 4096).
     """
     if TRANSPOSED:
         return tl.dot(tl.trans(rows), x, sum)

@@ -22,6 +22,7 @@ from .base import Backend, Call
 # enough to fill the machine and hide the launches.
 TILE_ELEMENTS_CPU, BLOCKS_CPU = 2**18, (128, 128)
 TILE_ELEMENTS_GPU, BLOCKS_GPU = 2**25, (1024, 512)
+TILES_KEPT = 8  # bytes a logit the backward keeps of a block of rows: z and the stick, float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,8 @@ class TorchBackend(Backend):
         block_m, block_n = min(block_m, _ceil_to(problem.queries, 16)), min(block_n, _ceil_to(problem.keys, 16))
         budget = TILE_ELEMENTS_CPU if on_cpu else TILE_ELEMENTS_GPU
         heads = max(1, budget // (block_m * block_n * problem.group))
+        if problem.direction == "backward":  # which keeps all tiles of a block of rows: fewer heads rather than fewer rows
+            heads = max(1, min(heads, env.workspace() // (TILES_KEPT * block_m * problem.group * max(problem.keys, 1))))
         units = (1 if problem.varlen else problem.batch) * problem.kv_heads
         return TorchConfig(block_m, block_n, min(heads, max(units, 1)))
 
@@ -196,7 +199,7 @@ def _backward(part: _Part, config: TorchConfig, dk: torch.Tensor, dv: torch.Tens
     """Per block of rows: the forward's walk, keeping z and sticks, then the same tiles back, oldest first."""
     keys, values = _newest_first(part.k), _newest_first(part.v)
     dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-    row_bytes = 2 * keys.element_size() * keys.shape[0] * part.q.shape[1] * max(keys.shape[1], 1)
+    row_bytes = TILES_KEPT // 4 * keys.element_size() * keys.shape[0] * part.q.shape[1] * max(keys.shape[1], 1)
     block_m = max(1, min(config.BLOCK_M, env.workspace() // row_bytes))
     config = dataclasses.replace(config, BLOCK_M=block_m)
     for begin in range(0, part.q.shape[2], block_m):

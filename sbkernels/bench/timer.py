@@ -1,4 +1,4 @@
-"""The one timer: contenders take turns, every sample starts with a cold L2, the result is a median with its confidence interval.
+"""The one timer: contenders take turns, samples start with a cold L2, the result is a median with its confidence interval.
 
 On CUDA devices times come from events, on CPUs from perf_counter_ns. Correctness is the caller's to check, before and after.
 """
@@ -14,9 +14,12 @@ from collections.abc import Callable
 import torch
 
 L2_BYTES = 2**28  # more than any GPU's L2: writing this much evicts it
-WARMUP_CALLS = 3
+# How often it is written before a sample: about a millisecond, in which the host enqueues the sample. Otherwise short kernels
+# would be timed by the Python that launches them; a host that takes longer still shows in the result.
+FLUSHES = 12
+WARMUP_CALLS = 2
 TARGET_SECONDS = 0.4  # time spent on each contender's samples
-MIN_SAMPLES, MAX_SAMPLES = 5, 200
+MIN_SAMPLES, MAX_SAMPLES = 3, 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Timing:
 
 def _cuda_sample(function: Callable, flush: torch.Tensor) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
+    for _ in range(FLUSHES):
+        flush.zero_()
     begin.record()
     function()
     end.record()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from ..api import stickbreaking_attention
+from ..problem import describe
 from .inputs import STOP, Case, make
 from .tolerance import SIGMAS, USED_UP, half_ulp, working_dtype
 
@@ -22,9 +23,9 @@ PROPERTIES: dict[str, Callable[[Lab], Result]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Lab:
-    """Where a property is checked: a backend (through its name or the caller's use_backend), a dtype, a device, a size."""
+    """Where a property is checked: around(problem) is the context that picks a backend; a dtype, a device, a size."""
 
-    backend: str | None
+    around: Callable
     dtype: torch.dtype
     device: str
     N: int = 100
@@ -44,7 +45,9 @@ class Lab:
 
     def attend(self, q, k, v, **options):
         """out, remainder without early stop unless asked for."""
-        return stickbreaking_attention(q, k, v, **({"skip_below": 0.0, "backend": self.backend} | options))
+        options = {"skip_below": 0.0} | options
+        with self.around(describe(*(x.detach() for x in (q, k, v)), **options)):
+            return stickbreaking_attention(q, k, v, **options)
 
     def gradients(self, q, k, v, dout, dremainder, **options):
         """out, remainder, dq, dk, dv."""
