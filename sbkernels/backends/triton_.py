@@ -206,7 +206,7 @@ ROOMY_SM80 = {
 # tiles (seen at Dv = 50: wrong dk; with KEYS_NUM_STAGES = 1: shared addresses out of range). Products of 32 rows use mma.sync.
 UNALIGNED_SM90 = {
     64: (TritonForward(32, 32, 2, 1), TritonBackward(32, 32, 2, 1, 2, 1)),
-    128: (TritonForward(32, 32, 2, 1), TritonBackward(32, 32, 4, 1, 4, 1)),
+    128: (TritonForward(32, 32, 8, 1), TritonBackward(32, 32, 4, 1, 4, 1)),
     256: (TritonForward(32, 32, 8, 1), TritonBackward(32, 32, 8, 1, 8, 1)),
 }
 INTERPRETER_DEFAULTS = (TritonForward(32, 32, 4, 1), TritonBackward(32, 32, 4, 1, 4, 1))
