@@ -210,6 +210,9 @@ def run(jobs, device: str, progress, processes: int = 1) -> None:
             raise
 
 
+EMPTY_ROW = {"run": 0, "skipped": 0, "failed": 0, "worst": 0.0, "where": "", "relative_l2": 0.0, "relative_l2_at": ""}
+
+
 def summary(outcomes: list[Outcome]) -> list[dict]:
     """A row for each backend, variant, dtype and pass: counts, worst ratio and where, worst relative L2."""
     rows = {}
@@ -218,7 +221,7 @@ def summary(outcomes: list[Outcome]) -> list[dict]:
         passes = ("properties",) if is_property else ("forward", "backward")
         for direction in passes:
             key = (outcome.backend, outcome.variant, outcome.dtype, direction)
-            row = rows.setdefault(key, {"run": 0, "skipped": 0, "failed": 0, "worst": 0.0, "where": "", "relative_l2": 0.0})
+            row = rows.setdefault(key, dict(EMPTY_ROW))
             if outcome.skipped:
                 row["skipped"] += 1
                 continue
@@ -228,7 +231,7 @@ def summary(outcomes: list[Outcome]) -> list[dict]:
             for f in wanted:
                 if f.ratio > row["worst"]:
                     row["worst"], row["where"] = f.ratio, f"{outcome.name}: {f.output}, {f.where}"
-                if f.output != "remainder":
-                    row["relative_l2"] = max(row["relative_l2"], f.relative_l2)
+                if f.output != "remainder" and f.relative_l2 > row["relative_l2"]:
+                    row["relative_l2"], row["relative_l2_at"] = f.relative_l2, f"{outcome.name}: {f.output}"
     names = ("backend", "variant", "dtype", "pass")
     return [dict(zip(names, key, strict=True)) | row for key, row in rows.items()]

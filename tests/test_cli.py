@@ -1,0 +1,110 @@
+"""The commands as a user types them: what they print and how they end."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+
+def sbk(*words, **environment):
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("SBKERNELS_")} | environment
+    command = [sys.executable, "-m", "sbkernels", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=300)
+
+
+def small_file(path, **more):
+    q = torch.randn(1, 2, 70, 16, dtype=torch.float32)
+    save_file({"q": q, "k": q.clone(), "v": q.clone()} | more, path)
+    return str(path)
+
+
+def test_info():
+    result = sbk("info")
+    assert result.returncode == 0 and "torch" in result.stdout and "SBKERNELS_WORKSPACE" in result.stdout
+
+
+def test_explain():
+    result = sbk("explain", "--keys", "2048", "--dtype", "float32", "--backend", "torch")
+    assert result.returncode == 0 and "backend torch (asked for by: argument backend=)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [("--kv-heads", "3"), ("--queries", "9999"), ("--head-dim", "300"), ("--dtype", "int8"), ("--device", "tpu")]
+)
+def test_explain_refuses(words):
+    result = sbk("explain", *words)
+    assert result.returncode == 2 and words[0] in result.stderr and "expected" in result.stderr
+
+
+def test_compare_with_a_backend_that_is_not_there():
+    result = sbk("compare", SBKERNELS_BACKEND="cuda")
+    assert result.returncode == 2
+    assert "SBKERNELS_BACKEND names backend 'cuda'" in result.stderr
+    assert "triton:" in result.stderr and "torch: available" in result.stderr
+
+
+def test_compare_a_file(tmp_path):
+    path, stored = small_file(tmp_path / "in.safetensors"), tmp_path / "out.json"
+    result = sbk("compare", "--input", path, "--json", str(stored), "--backend", "torch")
+    assert result.returncode == 0, result.stderr
+    assert "the stick lasts" in result.stdout
+    content = json.loads(stored.read_text())
+    assert {row["direction"] for row in content["rows"]} == {"forward", "backward"}
+    assert all(row["ok"] and row["ms"] > 0 for row in content["rows"]) and content["environment"]["sources"]["torch"]
+
+
+def test_compare_a_varlen_file(tmp_path):
+    q = torch.randn(70, 2, 16)
+    lengths = torch.tensor([0, 30, 30, 70], dtype=torch.int32)
+    path = tmp_path / "in.safetensors"
+    save_file({"q": q, "k": q.clone(), "v": q.clone(), "cu_seqlens": lengths}, path)
+    result = sbk("compare", "--input", str(path), "--backend", "torch")
+    assert result.returncode == 0, result.stderr
+
+
+def test_compare_exits_1_when_a_bound_is_exceeded(tmp_path):
+    """A torch backend whose remainder is wrong, planted through sitecustomize."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sbkernels.backends.torch_ as t\n"
+        "right = t.TorchBackend.forward\n"
+        "def wrong(self, call, config):\n"
+        "    out, r, saved = right(self, call, config)\n"
+        "    return out * 1.01, r, saved\n"
+        "t.TorchBackend.forward = wrong\n"
+    )
+    path = small_file(tmp_path / "in.safetensors")
+    result = sbk("compare", "--input", path, "--backend", "torch", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1 and "bound exceeded" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: str(path / "none.safetensors"), "cannot read"),
+        (lambda path: small_file(path / "a.safetensors", **{"x.q": torch.zeros(1, 1, 2, 16)}), "not x.k, x.v"),
+    ],
+)
+def test_compare_refuses_files(tmp_path, make, words):
+    result = sbk("compare", "--input", make(tmp_path))
+    assert result.returncode == 2 and words in " ".join(result.stderr.split())
+
+
+def test_verify_and_check_record(tmp_path):
+    path = str(tmp_path / "record.json")
+    result = sbk("verify", "--quick", "--backend", "torch", "--dtype", "float32", "--record", path)
+    assert result.returncode == 0 and "0 failed" in result.stdout
+    assert sbk("verify", "--check-record", path).returncode == 0
+    content = json.loads((tmp_path / "record.json").read_text())
+    content["environment"]["sources"]["torch"] = "0"
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    result = sbk("verify", "--check-record", path)
+    assert result.returncode == 1 and "stale" in result.stdout
+
+
+def test_verify_refuses():
+    assert sbk("verify", "--dtype", "int4").returncode == 2
+    assert sbk("verify", "--backend", "none").returncode == 2

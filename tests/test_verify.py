@@ -1,0 +1,120 @@
+"""The harness on every backend that runs here, and the harness itself: does it see what is planted?"""
+
+import json
+
+import pytest
+import torch
+
+from sbkernels import registry
+from sbkernels.backends.base import allocate, guarded_outputs
+from sbkernels.verify import inputs, record, run, tolerance
+
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+JOBS, MISSING = run.plan(DEVICE, quick=torch.cuda.is_available())
+
+
+@pytest.mark.parametrize("key", sorted({job[:3] for job in JOBS}), ids=" ".join)
+def test_backend(key):
+    """All cases and properties of one backend, variant and dtype."""
+    failed = []
+    run.run([job for job in JOBS if job[:3] == key], DEVICE, lambda outcome: outcome.ok or failed.append(outcome))
+    assert not failed, "\n".join(map(str, failed))
+
+
+def test_every_backend_runs_or_says_why():
+    ran = {job[0] for job in JOBS}
+    assert all(name in ran or MISSING[name] for name in registry.names())
+
+
+CASE = inputs.Case(M=200, N=200, D=32, Dv=32)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    x = inputs.make(CASE, torch.bfloat16, "cpu")
+    expected = run.expectation(x)
+    good = tuple(expected[0][1].baseline[name] for name in tolerance.OUTPUTS)
+    assert all(f.ok for f in run.judge(good, expected, 0.0))
+    return x, expected, good
+
+
+def windowed(x, good):
+    """Keys older than 64 dropped."""
+    out = good[0].clone()
+    half = x.q[:, :, 64:].float() @ x.k.float().transpose(-1, -2) * 32**-0.5
+    j, i = torch.arange(200), torch.arange(64, 200)[:, None]
+    seen = (j < i) & (j >= i - 64)
+    log_rest = torch.nn.functional.logsigmoid(-half).masked_fill(~seen, 0)
+    newer = log_rest.flip(-1).cumsum(-1).flip(-1) - log_rest
+    A = (torch.nn.functional.logsigmoid(half) + newer).exp() * seen
+    out[:, :, 64:] = (A @ x.v.float()).double()
+    return (out, *good[1:])
+
+
+PLANTED = {
+    "a window of 64 keys": windowed,
+    "one NaN": lambda x, good: (good[0].index_fill(3, torch.tensor([3]), float("nan")), *good[1:]),
+    "one wrong element": lambda x, good: (good[0] + torch.nn.functional.one_hot(torch.tensor(77), 200)[:, None] * 0.05, *good[1:]),
+    "a bf16 running sum": lambda x, good: (good[0] * (1 + 2e-2 * torch.randn(good[0].shape).sign()), *good[1:]),
+    "no remainder gradient": lambda x, good: (*good[:2], good[2] * 0.99, *good[3:]),
+    "dk and dv swapped": lambda x, good: (*good[:3], good[4], good[3]),
+    "remainder of ones": lambda x, good: (good[0], torch.ones_like(good[1]), *good[2:]),
+    "the last rows unwritten": lambda x, good: (*good[:4], torch.cat((good[4][:, :, :-3], good[4][:, :, -3:] * 0), 2)),
+    "a row short": lambda x, good: (good[0][:, :, 1:], *good[1:]),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED.keys())
+def test_planted_errors_are_seen(exact, plant):
+    x, expected, good = exact
+    assert not all(f.ok for f in run.judge(plant(x, good), expected, 0.0))
+
+
+def test_writes_outside_of_an_output_are_seen():
+    with pytest.raises(RuntimeError, match="wrote 1 elements after"), guarded_outputs():
+        x = allocate((4, 4), torch.zeros(1))
+        x.as_strided((1,), (1,), x.storage_offset() + 16).fill_(1.0)
+
+
+def test_outputs_are_poisoned():
+    with guarded_outputs():
+        assert allocate((2, 3), torch.zeros(1)).isnan().all()
+        assert (allocate((2,), torch.zeros(1), torch.int32) == torch.iinfo(torch.int32).min).all()
+
+
+def test_record(tmp_path):
+    rows = [{"backend": "torch", "worst": 0.5}]
+    path = tmp_path / "record.json"
+    record.write(path, "verify", rows)
+    assert record.stale(path) == []
+    content = json.loads(path.read_text())
+    content["environment"]["sources"]["torch"] = "0"
+    path.write_text(json.dumps(content))
+    assert "torch: recorded sources 0" in record.stale(path)[0]
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="is not a record"):
+        record.stale(path)
+
+
+def test_backward_keeps_to_linear_memory():
+    """No tensor of the torch backend grows with N squared: none is as large as one head's logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from sbkernels import stickbreaking_attention
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for x in result if isinstance(result, tuple) else (result,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.untyped_storage().nbytes() // x.element_size())
+            return result
+
+    N = 2048
+    q, k, v = (torch.randn(1, 1, N, 16, requires_grad=True) for _ in range(3))
+    with Watch():
+        stickbreaking_attention(q, k, v, skip_below=0, backend="torch")[0].sum().backward()
+    assert largest < N * N / 8
