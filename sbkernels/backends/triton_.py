@@ -199,7 +199,7 @@ ROOMY_SM90 = {
     256: (TritonForward(64, 32, 8, 2), TritonBackward(64, 32, 8, 2, 8, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
 }
 ROOMY_SM80 = {
-    128: (TritonForward(64, 32, 8, 2), TritonBackward(64, 32, 4, 2, 8, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
+    128: (TritonForward(64, 32, 4, 3), TritonBackward(64, 32, 4, 2, 8, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
     256: (TritonForward(64, 32, 8, 2), TritonBackward(64, 32, 8, 2, 8, 1, KEYS_RECOMPUTE=True)),
 }
 # Rows that do not start on 16 bytes cannot be copied asynchronously, and Triton 3.6 then gives wgmma wrong descriptors of the
