@@ -78,11 +78,11 @@ def show(problems, rows, missing) -> None:
             out.print(f"  {', '.join(names)}: {escape(note)}", style="dim")
         out.print()
     out.print(
-        "rel. L2: against float64. x baseline: worst error over that of a straightforward computation in the same precision.\n"
-        "x softmax attention (torch's SDPA, same run): its time over ours, above 1 we are faster. TFLOP/s: causal half, five\n"
-        "products in the backward.",
+        "rel. L2: against float64. x baseline: worst error over that of a straightforward computation in that precision.",
         style="dim",
     )
+    out.print("x softmax attention (torch's SDPA, same run): its time over ours, above 1 we are faster.", style="dim")
+    out.print("TFLOP/s: of the causal half; five products in the backward.", style="dim")
     for name, reason in missing.items():
         out.print(f"cannot run here: {name}: {escape(reason)}")
 
