@@ -21,8 +21,8 @@ OUTPUTS = ("out", "remainder", "dq", "dk", "dv")
 GRADIENTS = OUTPUTS[2:]
 # A stick is a product of up to N factors 1 / (1 + 2^s): three roundings each, of the sum, the quotient and the product, of at
 # most half an ulp: a random walk whose standard deviation is sqrt(3 N / 3) half ulps. A logit is a sum of D products, whose
-# roundings walk by sqrt(sum of the products' squares). Five standard deviations are exceeded once in two million.
-SIGMAS = 5.0
+# roundings walk by sqrt(sum of the products' squares). SIGMAS is how many standard deviations an error may reach.
+SIGMAS = 4.0
 # What a backend may take for a used-up stick, early stop or not: MIN_STICK of the kernels.
 USED_UP = 2.0**-62
 
