@@ -102,10 +102,6 @@ class Backend:
         """Other formulations of the same kernels worth comparing: name -> config."""
         return {}
 
-    def log_error(self, variant: str) -> float:
-        """What a variant may be off by, by its formulation, in the natural logarithm of each key's share; beyond rounding."""
-        return 0.0
-
     def illegal(self, problem: Problem, config) -> str | None:
         """Why this config may not be used for the problem; None if it may."""
         raise NotImplementedError

@@ -33,7 +33,6 @@ MIN_CAPABILITY = (8, 0)
 SMALLEST_DOT = 16  # tl.dot takes no dimension below this
 GPU_DTYPES = ("float16", "bfloat16")
 INTERPRETER_DTYPES = ("float32", "float16")
-LG2_ERROR = 2.0**-22  # absolute error of lg2.approx.ftz.f32 for arguments from 0.5 to 2 (PTX ISA), which softplus2 stands on
 STATE_BYTES = 8  # two float32 a (row, key tile)
 
 
@@ -80,9 +79,6 @@ class TritonBackend(Backend):
 
     def variants(self, problem: Problem):
         return {"log space": default_config(problem, device_capability(problem.device), log_space=True)}
-
-    def log_error(self, variant: str) -> float:
-        return LG2_ERROR * math.log(2) if variant == "log space" else 0.0
 
     def illegal(self, problem: Problem, config) -> str | None:
         for field, value in dataclasses.asdict(config).items():

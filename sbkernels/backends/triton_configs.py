@@ -59,6 +59,7 @@ ROOMY_SM80 = {
     128: (TritonForward(64, 32, 4, 3), TritonBackward(64, 32, 4, 2, 8, 2, KEYS_RECOMPUTE=True, KEYS_TRANSPOSED=True)),
     256: (TritonForward(64, 32, 8, 2), TritonBackward(64, 32, 8, 2, 8, 1, KEYS_RECOMPUTE=True)),
 }
+LOG_SPACE_SM80 = {128: (TritonForward(64, 32, 4, 1), ROOMY_SM80[128][1]), 256: ROOMY_SM80[256]}
 # Rows that do not start on 16 bytes cannot be copied asynchronously, and Triton 3.6 then gives wgmma wrong descriptors of the
 # tiles (seen at Dv = 50: wrong dk; with KEYS_NUM_STAGES = 1: shared addresses out of range). Products of 32 rows use mma.sync.
 UNALIGNED_SM90 = {
@@ -80,7 +81,7 @@ def default_config(problem: Problem, capability: tuple[int, int], log_space: boo
         and all(dim in (16, 32, 64, 128) for dim in dims)
     )
     if capability < (9, 0):
-        lines = ROOMY_SM80
+        lines = LOG_SPACE_SM80 if log_space else ROOMY_SM80
     elif not problem.aligned:
         lines = UNALIGNED_SM90
     else:

@@ -147,7 +147,7 @@ def checked_heads(x: inputs.Inputs) -> list[tuple[int, slice, slice]]:
     return [places[0], places[-1]] if large else places
 
 
-def errors(problem: Problem, got: tuple[torch.Tensor, ...], log_error: float, cache: dict) -> list[tolerance.Finding]:
+def errors(problem: Problem, got: tuple[torch.Tensor, ...], cache: dict) -> list[tolerance.Finding]:
     """Findings of the checked heads."""
     x = problem.x
     found = []
@@ -160,7 +160,7 @@ def errors(problem: Problem, got: tuple[torch.Tensor, ...], log_error: float, ca
             )  # fmt: skip
             cache[key] = expectation(part)
         slices = (heads, heads, heads, key_heads, key_heads)
-        found += judge(tuple(t[b : b + 1, s] for t, s in zip(got, slices, strict=True)), cache[key], log_error)
+        found += judge(tuple(t[b : b + 1, s] for t, s in zip(got, slices, strict=True)), cache[key])
     return found
 
 
@@ -232,7 +232,7 @@ def run(problems: list[Problem], device: str, found, rows: list[Row], progress) 
                 problem_rows[backend.name, variant, direction] = row
             if reason is None:
                 with variant_of(backend, variant, described):
-                    findings = errors(problem, attend(problem.x), backend.log_error(variant), cache)
+                    findings = errors(problem, attend(problem.x), cache)
                 for direction in ("forward", "backward"):
                     row = problem_rows[backend.name, variant, direction]
                     wanted = [f for f in findings if (f.output in tolerance.GRADIENTS) == (direction == "backward")]

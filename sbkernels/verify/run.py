@@ -91,10 +91,10 @@ def expectation(x: inputs.Inputs) -> list[tuple[slice, tolerance.Expected]]:
     ]
 
 
-def judge(got: tuple[torch.Tensor, ...], expected, log_error: float) -> list[Finding]:
-    """Findings of all five outputs over all stretches; log_error as in tolerance.compare."""
+def judge(got: tuple[torch.Tensor, ...], expected) -> list[Finding]:
+    """Findings of all five outputs over all stretches."""
     return [
-        tolerance.compare(tensor[:, :, span], expect, name, log_error)
+        tolerance.compare(tensor[:, :, span], expect, name)
         for span, expect in expected
         for name, tensor in zip(tolerance.OUTPUTS, got, strict=True)
     ]
@@ -166,7 +166,7 @@ def run_job(job, device: str, cache: dict) -> Outcome:
             outcome.skipped = backend.unsupported(problem) or ""
             if not outcome.skipped:
                 with variant_of(backend, variant, problem):
-                    outcome.findings = judge(attend(x), expected, backend.log_error(variant))
+                    outcome.findings = judge(attend(x), expected)
     except Exception as error:  # a crash is a finding too: the harness goes on
         outcome.error = f"{type(error).__name__}: {error}"
     outcome.seconds = time.perf_counter() - begin
