@@ -34,7 +34,7 @@ def exact():
     x = inputs.make(CASE, torch.bfloat16, "cpu")
     expected = run.expectation(x)
     good = tuple(expected[0][1].baseline[name] for name in tolerance.OUTPUTS)
-    assert all(f.ok for f in run.judge(good, expected, 0.0))
+    assert all(f.ok for f in run.judge(good, expected))
     return x, expected, good
 
 
@@ -67,7 +67,7 @@ PLANTED = {
 @pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED.keys())
 def test_planted_errors_are_seen(exact, plant):
     x, expected, good = exact
-    assert not all(f.ok for f in run.judge(plant(x, good), expected, 0.0))
+    assert not all(f.ok for f in run.judge(plant(x, good), expected))
 
 
 def test_writes_outside_of_an_output_are_seen():
