@@ -6,7 +6,8 @@
 // passed on as a `carry`, a number whose meaning belongs to the formulation:
 //
 //     LinearRun   carry = the stick itself; eq. (6) and (7): u = 1 + 2^s, one reciprocal for each pair of keys. Products only
-//                 shrink, so underflow to 0 means "used up".
+//                 shrink, so underflow to 0 means "used up". NOTE: not for -ftz=true (--use_fast_math): the pair of two logits
+//                 beyond MAX_LOGIT2 has 2^-126, and less than a whole stick times that is a subnormal number.
 //     LogRun      carry = -log2 of the stick, the paper's form: A = 2^(s - sum of softplus2 from this key to the newest).
 #pragma once
 #include "instructions.cuh"
@@ -43,7 +44,8 @@ struct SoftplusPolynomial {
   static SBK_FN float log2(float s) { return max_nan(s, 0.f) + log2_1p(ex2(-fabsf(s))); }
 };
 
-// The paper's: right to 2^-22 absolute only, which far keys add up to more than the tolerance allows the remainder.
+// The paper's: right to 2^-22 absolute, which far keys add up to more than the tolerance allows the remainder, and 2^-14.5 just
+// above the cut at 15.
 struct SoftplusApproximate {
   static SBK_FN float log2(float s) { return s > 15.f ? s : lg2(1.f + ex2(s)); }
 };
@@ -53,15 +55,36 @@ struct SoftplusLibrary {
   static SBK_FN float log2(float s) { return s > 25.f ? s : log1pf(exp2f(s)) * LOG2_E; }
 };
 
-// ---- 1 - beta = 1 / (1 + 2^s) ----
+// ---- 1 - beta = 1 / (1 + 2^s) of GROUP logits ----
 
-struct RestReciprocal {
-  static SBK_FN float of(float s) { return rcp(1.f + ex2(min_nan(s, MAX_LOGIT2))); }
+// One reciprocal of the product of all G factors 1 + 2^s, multiplied back by the others.
+template <int G> struct RestReciprocal {
+  static constexpr int GROUP = G;
+  // Logits are cut here: the product and its reciprocal are normal float32 numbers. 1 - beta is right to 2^-CUT.
+  static constexpr float CUT = G > 2 ? 30.f : MAX_LOGIT2;
+
+  static SBK_FN void of(const float (&s)[G], float (&rest)[G]) {
+    float u[G], before[G];  // before: product of u[0] to u[i - 1]
+    float product = 1.f;
+#pragma unroll
+    for (int i = 0; i < G; i++) {
+      u[i] = 1.f + ex2(min_nan(s[i], CUT));
+      before[i] = product;
+      product *= u[i];
+    }
+    float inverse = rcp(product);  // of u[0] to u[i]
+#pragma unroll
+    for (int i = G - 1; i >= 0; i--) {
+      rest[i] = inverse * before[i];
+      inverse *= u[i];
+    }
+  }
 };
 
-// Absolute error 2^-12: 1 - beta near 1 has no digits left for a small share.
+// Absolute error 2^-12: 1 - beta near 0 and a small share have no digits left.
 struct RestTanh {
-  static SBK_FN float of(float s) { return fmaf(-0.5f, tanh_approx(s * (0.5f / LOG2_E)), 0.5f); }
+  static constexpr int GROUP = 1;
+  static SBK_FN void of(const float (&s)[1], float (&rest)[1]) { rest[0] = fmaf(-0.5f, tanh_approx(s[0] * (0.5f / LOG2_E)), 0.5f); }
 };
 
 // ---- One thread's run of R keys of one row ----
@@ -128,7 +151,7 @@ template <int R, typename Softplus = SoftplusPolynomial> struct LogRun {
     float sum = 0.f;
 #pragma unroll
     for (int t = R - 1; t >= 0; t--) {
-      s[t] = logits[t];
+      s[t] = min_nan(logits[t], MAX_LOGIT2);  // a large logit's digits would push the newer keys' out of `sum`
       softplus[t] = Softplus::log2(s[t]);
       sum += softplus[t];
       exponent[t] = s[t] - sum;

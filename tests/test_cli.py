@@ -105,6 +105,23 @@ def test_verify_and_check_record(tmp_path):
     assert result.returncode == 1 and "stale" in result.stdout
 
 
+def test_softplus(tmp_path):
+    pytest.importorskip("sbkernels._C", reason="the extension sbkernels._C is not built")
+    stored = tmp_path / "out.json"
+    result = sbk("softplus", "--device", "cpu", "--json", str(stored))
+    assert result.returncode == 0, result.stderr
+    assert "softplus2 polynomial" in result.stdout and "of 2^32 inputs" in result.stdout
+    content = json.loads(stored.read_text())
+    assert content["environment"] and all(row["lost_nans"] == 0 and row["logits_per_clock"] is None for row in content["rows"])
+
+
+def test_softplus_without_the_extension(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['sbkernels._C'] = None\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = sbk("softplus", PYTHONPATH=path)
+    assert result.returncode == 2 and "pip install -c constraints.txt" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_verify_refuses():
     assert sbk("verify", "--dtype", "int4").returncode == 2
     assert sbk("verify", "--backend", "none").returncode == 2

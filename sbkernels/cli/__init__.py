@@ -1,1 +1,1 @@
-"""The command line: `sbk info | explain | compare | verify`."""
+"""The command line: `sbk info | explain | compare | verify | softplus`."""

@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--check-record", nargs="*", metavar="FILE", help="only say whether records describe the present sources; default: all"
     )
+
+    softplus = commands.add_parser("softplus", help="errors and throughput of each variant of softplus2 and of 1 - beta")
+    softplus.add_argument("--json", metavar="FILE", help="store the rows with environment and source hashes")
     for command in commands.choices.values():
         command.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     return root
@@ -65,9 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, stderr=True)
     try:
         arguments.device = arguments.device or default_device()
-        from . import compare, explain, verify
+        from . import compare, explain, softplus, verify
 
-        commands = {"info": explain.info, "explain": explain.explain, "compare": compare.compare, "verify": verify.verify}
+        commands = {
+            "info": explain.info, "explain": explain.explain, "compare": compare.compare, "verify": verify.verify,
+            "softplus": softplus.softplus,
+        }  # fmt: skip
         return commands[arguments.command](arguments)
     except KeyboardInterrupt:
         console.print("interrupted")

@@ -11,7 +11,7 @@ from rich.table import Table
 from .. import dispatch, env
 from ..problem import DTYPES
 
-NAMES = ("backend", "pass", "dtype", "name")  # columns that never wrap
+NAMES = ("backend", "pass", "dtype", "name", "variant")  # columns that never wrap
 # Tables need this many columns; where output is no terminal, nothing else says how wide it may be.
 WIDTH = 110
 out = Console(highlight=False)
