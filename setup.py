@@ -9,7 +9,7 @@ MAPPED = {"triton_kernels": "triton_kernels"}
 PACKAGES = ["sbkernels", "sbkernels.backends", "sbkernels.bench", "sbkernels.cli", "sbkernels.verify"]
 
 TRITON = ["triton>=3.6,<3.7; platform_system == 'Linux'"]
-CUPY = ["cupy-cuda13x>=14,<15; platform_system == 'Linux'"]
+CUPY = [f"{package}; platform_system == 'Linux'" for package in ("cupy-cuda13x>=14,<15", "nvidia-cuda-nvrtc>=13,<14")]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2", "ruff>=0.9"]
 
 setup(
