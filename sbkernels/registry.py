@@ -6,6 +6,7 @@ import functools
 import importlib
 
 BACKENDS = {
+    "cuda": "sbkernels.backends.cuda:CudaBackend",
     "triton": "sbkernels.backends.triton_:TritonBackend",
     "torch": "sbkernels.backends.torch_:TorchBackend",
 }
