@@ -1,4 +1,4 @@
-"""Every SBKERNELS_* environment variable: parsed here and nowhere else, strictly, at each use."""
+"""Every SBKERNELS_* environment variable but those of the build (csrc/build_cuda.py): parsed here alone, strictly, at each use."""
 
 from __future__ import annotations
 
