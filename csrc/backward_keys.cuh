@@ -83,38 +83,29 @@ template <typename T, int MT, int NT> SBK_FN void to_transposed_operand(unsigned
   }
 }
 
-// Logits and dA of rows against the group -> weights in place of dA, gradients of the logits in place of the logits.
-template <class C, bool MASKED>
-SBK_FN void weigh_and_differentiate(float (&s)[C::MT][C::NT][4], float (&dA)[C::MT][C::NT][4], unsigned state, float scale_log2,
-                                    int visible, int q) {
-  using Run = typename C::Run;
+// Runs and dA of rows against the group -> weights in place of dA, gradients of the logits in dz.
+template <class C, bool SIMPLE>
+SBK_FN void weigh_and_differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], float (&dA)[C::MT][C::NT][4],
+                                    unsigned state, int q) {
+  using Path = typename C::Run::template Path<SIMPLE>;
 #pragma unroll
-  for (int mt = 0; mt < C::MT; mt++) {
+  for (int i = 0; i < C::MT * 2; i++) {
+    typename C::Run& run = runs[i / 2][i % 2];
+    const Scan scan = scan_newer<Path>(Path::total(run), q);
+    float A[C::RUN], a[C::RUN], sum = 0.f;
+    Path::weights(run, Path::enter(load_shared(state + i * 32), scan.before), A);
+    get_row(a, dA[i / 2], i % 2);
+    put_row(dA[i / 2], i % 2, A);
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      float x[C::RUN], a[C::RUN], weight[C::RUN];
-      get_row(x, s[mt], h);
-      to_logits<MASKED>(x, scale_log2, visible + mt * 16 + h * 8);
-      Run run;
-      const Scan scan = scan_newer<Run>(run.template absorb<false>(x), q);
-      const unsigned at = state + (mt * 16 + h * 8) * 4;
-      const float carry = Run::combine(load_shared(at), scan.before);
-      get_row(a, dA[mt], h);
-      float sum = 0.f;
+    for (int t = 0; t < C::RUN; t++) sum += a[t] *= A[t];
+    float before = load_shared(state + i * 32 + C::STATE_BYTES) + scan_older(sum, q).before;
 #pragma unroll
-      for (int t = 0; t < C::RUN; t++) {
-        weight[t] = run.weight(t, carry);
-        sum += a[t] *= weight[t];
-      }
-      put_row(dA[mt], h, weight);
-      float before = load_shared(at + C::STATE_BYTES) + scan_older(sum, q).before;
-#pragma unroll
-      for (int t = 0; t < C::RUN; t++) {
-        x[t] = run.gradient(t, a[t], before);
-        before += a[t];
-      }
-      put_row(s[mt], h, x);
+    for (int t = 0; t < C::RUN; t++) {
+      const float next = before + a[t];
+      a[t] = run.gradient(t, a[t], before);
+      before = next;
     }
+    put_row(dz[i / 2], i % 2, a);
   }
 }
 
@@ -248,10 +239,13 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) backward_keys_k
         // A and dz from both.
         const unsigned state_at = state + (warp * C::BLOCK_M + row + lane / 4) * 4;
         const int visible = first_end + lane / 4 - group_begin - q * C::RUN;
-        if (group_begin + C::KEY_GROUP > first_end)
-          weigh_and_differentiate<C, true>(s, dA, state_at, scale_log2, visible, q);
+        typename C::Run runs[C::MT][2];
+        const bool simple = group_begin + C::KEY_GROUP > first_end ? absorb<true>(runs, s, scale_log2, visible)
+                                                                   : absorb<false>(runs, s, scale_log2, 0);
+        if (simple)
+          weigh_and_differentiate<C, true>(s, runs, dA, state_at, q);
         else
-          weigh_and_differentiate<C, false>(s, dA, state_at, scale_log2, 0, q);
+          weigh_and_differentiate<C, false>(s, runs, dA, state_at, q);
 
         // dv += A^T dout, dk += dz^T q.
         unsigned transposed[C::KT][C::MT][4];

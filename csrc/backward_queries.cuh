@@ -36,41 +36,38 @@ struct BackwardRow {
   int oldest_tile;
 };
 
-// Logits and dA = do v^T of a tile -> gradients of the logits, in place of the logits. state_carry, state_sum: those of the
-// lane's first row and of the group its run belongs to.
-template <class C, bool MASKED>
-SBK_FN void differentiate(float (&s)[C::MT][C::NT][4], const float (&dA)[C::MT][C::NT][4], BackwardRow (&rows)[C::MT][2],
-                          float scale_log2, int visible, int tile, int q, float* state_carry, float* state_sum) {
+// The tile's runs and dA = do v^T -> gradients of the logits. `end`: of the lane's first row, the first invisible key in the tile;
+// state_carry, state_sum: those of that row and of the group the lane's run belongs to.
+template <class C, bool SIMPLE>
+SBK_FN void differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], const float (&dA)[C::MT][C::NT][4],
+                          BackwardRow (&rows)[C::MT][2], int end, int tile, int q, float* state_carry, float* state_sum) {
   using Run = typename C::Run;
+  using Path = typename Run::template Path<SIMPLE>;
 #pragma unroll
-  for (int mt = 0; mt < C::MT; mt++) {
+  for (int i = 0; i < C::MT * 2; i++) {
+    BackwardRow& row = rows[i / 2][i % 2];
+    Run& run = runs[i / 2][i % 2];
+    const Scan scan = scan_newer<Path>(Path::total(run), q);
+    if (tile > row.oldest_tile) row.carry = Path::undo(row.carry, scan.total);
+    if (end + i * 8 <= C::BLOCK_N) row.carry = Run::WHOLE;
+    const float carry = Path::enter(tile < row.oldest_tile ? Run::NONE : row.carry, scan.before);
+    float A[C::RUN], a[C::RUN], sum = 0.f;
+    Path::weights(run, carry, A);
+    get_row(a, dA[i / 2], i % 2);
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      BackwardRow& row = rows[mt][h];
-      float x[C::RUN], a[C::RUN];
-      get_row(x, s[mt], h);
-      to_logits<MASKED>(x, scale_log2, visible + mt * 16 + h * 8);
-      Run run;
-      const Scan scan = scan_newer<Run>(run.template absorb<false>(x), q);
-      if (tile > row.oldest_tile) row.carry = Run::undo(row.carry, scan.total);
-      if (MASKED && visible + q * C::RUN + mt * 16 + h * 8 <= C::BLOCK_N) row.carry = Run::WHOLE;
-      const float carry = Run::combine(tile < row.oldest_tile ? Run::NONE : row.carry, scan.before);
-      get_row(a, dA[mt], h);
-      float sum = 0.f;
+    for (int t = 0; t < C::RUN; t++) sum += a[t] *= A[t];
+    const Scan older = scan_older(sum, q);
+    float before = row.older_sum + older.before;
+    row.older_sum += older.total;
+    if (q % C::RUNS_PER_GROUP == C::RUNS_PER_GROUP - 1) state_carry[i * 8] = carry;
+    if (q % C::RUNS_PER_GROUP == 0) state_sum[i * 8] = before;
 #pragma unroll
-      for (int t = 0; t < C::RUN; t++) sum += a[t] *= run.weight(t, carry);
-      const Scan older = scan_older(sum, q);
-      float before = row.older_sum + older.before;
-      row.older_sum += older.total;
-      if (q % C::RUNS_PER_GROUP == C::RUNS_PER_GROUP - 1) state_carry[mt * 16 + h * 8] = carry;
-      if (q % C::RUNS_PER_GROUP == 0) state_sum[mt * 16 + h * 8] = before;
-#pragma unroll
-      for (int t = 0; t < C::RUN; t++) {
-        x[t] = run.gradient(t, a[t], before);
-        before += a[t];
-      }
-      put_row(s[mt], h, x);
+    for (int t = 0; t < C::RUN; t++) {
+      const float next = before + a[t];
+      a[t] = run.gradient(t, a[t], before);
+      before = next;
     }
+    put_row(dz[i / 2], i % 2, a);
   }
 }
 
@@ -153,12 +150,15 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) backward_querie
     multiply_rows<T, C::BLOCK_DV>(dA, dout_rows, stage + C::K_BYTES + lane_offset_columns<C::BLOCK_DV>(lane));
 
     // dz from both, in place of s.
-    const int visible = first_end + my_row - tile * C::BLOCK_N - q * C::RUN;
-    const int64 state = state_row + (int64)((tile * C::BLOCK_N + q * C::RUN) / C::KEY_GROUP) * p.chunk_rows;
-    if (tile >= tiles_full)
-      differentiate<C, true>(s, dA, rows, scale_log2, visible, tile, q, p.state_carry + state, p.state_sum + state);
+    Run runs[C::MT][2];
+    const int end = first_end + my_row - tile * C::BLOCK_N, run_begin = tile * C::BLOCK_N + q * C::RUN;
+    const bool simple =
+        tile >= tiles_full ? absorb<true>(runs, s, scale_log2, end - q * C::RUN) : absorb<false>(runs, s, scale_log2, 0);
+    const int64 state = state_row + (int64)(run_begin / C::KEY_GROUP) * p.chunk_rows;
+    if (simple)
+      differentiate<C, true>(s, runs, dA, rows, end, tile, q, p.state_carry + state, p.state_sum + state);
     else
-      differentiate<C, false>(s, dA, rows, scale_log2, 0, tile, q, p.state_carry + state, p.state_sum + state);
+      differentiate<C, false>(s, runs, dA, rows, end, tile, q, p.state_carry + state, p.state_sum + state);
 
     // dq += dz k.
     unsigned dz[C::MT][C::NT / 2][4];

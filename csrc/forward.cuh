@@ -31,30 +31,24 @@ struct ForwardRow {
   int oldest_tile;     // oldest visited tile with stick left on entry
 };
 
-// Logits of the tile -> weights, in place.
-template <class C, bool MASKED>
-SBK_FN void weigh(float (&s)[C::MT][C::NT][4], ForwardRow (&rows)[C::MT][2], float scale_log2, int visible, int tile, int q) {
+// The tile's runs -> weights in s, and on to the next tile.
+template <class C, bool SIMPLE>
+SBK_FN void weigh(float (&s)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], ForwardRow (&rows)[C::MT][2], int tile, int q) {
   using Run = typename C::Run;
+  using Path = typename Run::template Path<SIMPLE>;
 #pragma unroll
-  for (int mt = 0; mt < C::MT; mt++) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      ForwardRow& row = rows[mt][h];
-      float run_logits[C::RUN];
-      get_row(run_logits, s[mt], h);
-      to_logits<MASKED>(run_logits, scale_log2, visible + mt * 16 + h * 8);
-      Run run;
-      const Scan scan = scan_newer<Run>(run.template absorb<true>(run_logits), q);
-      if (Run::alive(row.carry)) {
-        row.oldest_carry = row.carry;
-        row.oldest_tile = tile;
-      }
-      const float carry = Run::combine(row.carry, scan.before);
-#pragma unroll
-      for (int t = 0; t < C::RUN; t++) run_logits[t] = run.weight(t, carry);
-      put_row(s[mt], h, run_logits);
-      row.carry = Run::advance(row.carry, scan.total);
+  for (int i = 0; i < C::MT * 2; i++) {
+    ForwardRow& row = rows[i / 2][i % 2];
+    Run& run = runs[i / 2][i % 2];
+    const Scan scan = scan_newer<Path>(Path::total(run), q);
+    if (Run::alive(row.carry)) {
+      row.oldest_carry = row.carry;
+      row.oldest_tile = tile;
     }
+    float A[C::RUN];
+    Path::weights(run, Path::enter(row.carry, scan.before), A);
+    put_row(s[i / 2], i % 2, A);
+    row.carry = Path::advance(row.carry, scan.total);
   }
 }
 
@@ -119,11 +113,13 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) forward_kernel(
     multiply_rows<T, C::BLOCK_D>(s, q_rows, stage + k_lane);
 
     // A from s and the stick.
+    Run runs[C::MT][2];
     const int visible = first_end + my_row - tile * C::BLOCK_N - q * C::RUN;
-    if (tile >= tiles_full)
-      weigh<C, true>(s, rows, scale_log2, visible, tile, q);
+    const bool simple = tile >= tiles_full ? absorb<true>(runs, s, scale_log2, visible) : absorb<false>(runs, s, scale_log2, 0);
+    if (simple)
+      weigh<C, true>(s, runs, rows, tile, q);
     else
-      weigh<C, false>(s, rows, scale_log2, 0, tile, q);
+      weigh<C, false>(s, runs, rows, tile, q);
     if (shape.skip_below > 0.f) {
       alive = false;
 #pragma unroll

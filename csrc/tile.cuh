@@ -169,6 +169,21 @@ template <bool MASKED, int R> SBK_FN void to_logits(float (&s)[R], float scale_l
   for (int t = 0; t < R; t++) s[t] = MASKED && t >= visible ? INVISIBLE : s[t] * scale_log2;
 }
 
+// Logits of a tile -> runs; returns whether all of the warp's are simple.
+template <bool MASKED, class Run, int MT, int NT>
+SBK_FN bool absorb(Run (&runs)[MT][2], const float (&s)[MT][NT][4], float scale_log2, int visible) {
+  bool simple = true;
+#pragma unroll
+  for (int i = 0; i < MT * 2; i++) {
+    float logits[2 * NT];
+    get_row(logits, s[i / 2], i % 2);
+    to_logits<MASKED>(logits, scale_log2, visible + i * 8);
+    runs[i / 2][i % 2].absorb(logits);
+    simple &= runs[i / 2][i % 2].simple();
+  }
+  return __all_sync(0xffffffffu, simple);
+}
+
 // ---- Scans over the 4 runs of a row, two shuffles each ----
 
 struct Scan {
@@ -176,11 +191,11 @@ struct Scan {
   float total;   // of all 4
 };
 
-// In a Run's carries, newest run first.
-template <class Run> SBK_FN Scan scan_newer(float x, int q) {
-  const float other = from_lane_xor(x, 1), pair = Run::combine(x, other), outer = from_lane_xor(pair, 2);
-  const float near = q & 1 ? Run::IDENTITY : other, far = q & 2 ? Run::IDENTITY : outer;
-  return {Run::combine(near, far), Run::combine(pair, outer)};
+// Of a Run::Path's totals, newest run first.
+template <class Path> SBK_FN Scan scan_newer(float x, int q) {
+  const float other = from_lane_xor(x, 1), pair = Path::combine(x, other), outer = from_lane_xor(pair, 2);
+  const float near = q & 1 ? Path::IDENTITY : other, far = q & 2 ? Path::IDENTITY : outer;
+  return {Path::combine(near, far), Path::combine(pair, outer)};
 }
 // Sums, oldest run first.
 SBK_FN Scan scan_older(float x, int q) {
