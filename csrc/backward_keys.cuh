@@ -84,21 +84,21 @@ template <typename T, int MT, int NT> SBK_FN void to_transposed_operand(unsigned
 }
 
 // Runs and dA of rows against the group -> weights in place of dA, gradients of the logits in dz.
-template <class C, bool SIMPLE>
+template <class C>
 SBK_FN void weigh_and_differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], float (&dA)[C::MT][C::NT][4],
-                                    unsigned state, int q) {
-  using Path = typename C::Run::template Path<SIMPLE>;
-#pragma unroll
-  for (int i = 0; i < C::MT * 2; i++) {
+                                    unsigned state, int lane) {
+  const int q = lane % 4;
+  each_row(runs, lane, [&](auto path, int i, unsigned lanes) {
+    using Path = decltype(path);
     typename C::Run& run = runs[i / 2][i % 2];
-    const Scan scan = scan_newer<Path>(Path::total(run), q);
+    const Scan scan = scan_newer<Path>(Path::total(run), q, lanes);
     float A[C::RUN], a[C::RUN], sum = 0.f;
     Path::weights(run, Path::enter(load_shared(state + i * 32), scan.before), A);
     get_row(a, dA[i / 2], i % 2);
     put_row(dA[i / 2], i % 2, A);
 #pragma unroll
     for (int t = 0; t < C::RUN; t++) sum += a[t] *= A[t];
-    float before = load_shared(state + i * 32 + C::STATE_BYTES) + scan_older(sum, q).before;
+    float before = load_shared(state + i * 32 + C::STATE_BYTES) + scan_older(sum, q, lanes).before;
 #pragma unroll
     for (int t = 0; t < C::RUN; t++) {
       const float next = before + a[t];
@@ -106,7 +106,7 @@ SBK_FN void weigh_and_differentiate(float (&dz)[C::MT][C::NT][4], typename C::Ru
       before = next;
     }
     put_row(dz[i / 2], i % 2, a);
-  }
+  });
 }
 
 // Sums of this block [KEY_GROUP, WIDTH / SPLIT] -> the gradient, or its sum over chunks of rows, or from that to the gradient.
@@ -240,12 +240,11 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) backward_keys_k
         const unsigned state_at = state + (warp * C::BLOCK_M + row + lane / 4) * 4;
         const int visible = first_end + lane / 4 - group_begin - q * C::RUN;
         typename C::Run runs[C::MT][2];
-        const bool simple = group_begin + C::KEY_GROUP > first_end ? absorb<true>(runs, s, scale_log2, visible)
-                                                                   : absorb<false>(runs, s, scale_log2, 0);
-        if (simple)
-          weigh_and_differentiate<C, true>(s, runs, dA, state_at, q);
+        if (group_begin + C::KEY_GROUP > first_end)
+          absorb<true>(runs, s, scale_log2, visible);
         else
-          weigh_and_differentiate<C, false>(s, runs, dA, state_at, q);
+          absorb<false>(runs, s, scale_log2, 0);
+        weigh_and_differentiate<C>(s, runs, dA, state_at, lane);
 
         // dv += A^T dout, dk += dz^T q.
         unsigned transposed[C::KT][C::MT][4];

@@ -38,16 +38,16 @@ struct BackwardRow {
 
 // The tile's runs and dA = do v^T -> gradients of the logits. `end`: of the lane's first row, the first invisible key in the tile;
 // state_carry, state_sum: those of that row and of the group the lane's run belongs to.
-template <class C, bool SIMPLE>
+template <class C>
 SBK_FN void differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], const float (&dA)[C::MT][C::NT][4],
-                          BackwardRow (&rows)[C::MT][2], int end, int tile, int q, float* state_carry, float* state_sum) {
+                          BackwardRow (&rows)[C::MT][2], int end, int tile, int lane, float* state_carry, float* state_sum) {
   using Run = typename C::Run;
-  using Path = typename Run::template Path<SIMPLE>;
-#pragma unroll
-  for (int i = 0; i < C::MT * 2; i++) {
+  const int q = lane % 4;
+  each_row(runs, lane, [&](auto path, int i, unsigned lanes) {
+    using Path = decltype(path);
     BackwardRow& row = rows[i / 2][i % 2];
     Run& run = runs[i / 2][i % 2];
-    const Scan scan = scan_newer<Path>(Path::total(run), q);
+    const Scan scan = scan_newer<Path>(Path::total(run), q, lanes);
     if (tile > row.oldest_tile) row.carry = Path::undo(row.carry, scan.total);
     if (end + i * 8 <= C::BLOCK_N) row.carry = Run::WHOLE;
     const float carry = Path::enter(tile < row.oldest_tile ? Run::NONE : row.carry, scan.before);
@@ -56,7 +56,7 @@ SBK_FN void differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[
     get_row(a, dA[i / 2], i % 2);
 #pragma unroll
     for (int t = 0; t < C::RUN; t++) sum += a[t] *= A[t];
-    const Scan older = scan_older(sum, q);
+    const Scan older = scan_older(sum, q, lanes);
     float before = row.older_sum + older.before;
     row.older_sum += older.total;
     if (q % C::RUNS_PER_GROUP == C::RUNS_PER_GROUP - 1) state_carry[i * 8] = carry;
@@ -68,7 +68,7 @@ SBK_FN void differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[
       before = next;
     }
     put_row(dz[i / 2], i % 2, a);
-  }
+  });
 }
 
 template <class C> __global__ void __launch_bounds__(C::THREADS) backward_queries_kernel(const __grid_constant__ BackwardParams p) {
@@ -152,13 +152,12 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) backward_querie
     // dz from both, in place of s.
     Run runs[C::MT][2];
     const int end = first_end + my_row - tile * C::BLOCK_N, run_begin = tile * C::BLOCK_N + q * C::RUN;
-    const bool simple =
-        tile >= tiles_full ? absorb<true>(runs, s, scale_log2, end - q * C::RUN) : absorb<false>(runs, s, scale_log2, 0);
-    const int64 state = state_row + (int64)(run_begin / C::KEY_GROUP) * p.chunk_rows;
-    if (simple)
-      differentiate<C, true>(s, runs, dA, rows, end, tile, q, p.state_carry + state, p.state_sum + state);
+    if (tile >= tiles_full)
+      absorb<true>(runs, s, scale_log2, end - q * C::RUN);
     else
-      differentiate<C, false>(s, runs, dA, rows, end, tile, q, p.state_carry + state, p.state_sum + state);
+      absorb<false>(runs, s, scale_log2, 0);
+    const int64 state = state_row + (int64)(run_begin / C::KEY_GROUP) * p.chunk_rows;
+    differentiate<C>(s, runs, dA, rows, end, tile, lane, p.state_carry + state, p.state_sum + state);
 
     // dq += dz k.
     unsigned dz[C::MT][C::NT / 2][4];

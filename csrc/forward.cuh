@@ -32,15 +32,14 @@ struct ForwardRow {
 };
 
 // The tile's runs -> weights in s, and on to the next tile.
-template <class C, bool SIMPLE>
-SBK_FN void weigh(float (&s)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], ForwardRow (&rows)[C::MT][2], int tile, int q) {
+template <class C>
+SBK_FN void weigh(float (&s)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], ForwardRow (&rows)[C::MT][2], int tile, int lane) {
   using Run = typename C::Run;
-  using Path = typename Run::template Path<SIMPLE>;
-#pragma unroll
-  for (int i = 0; i < C::MT * 2; i++) {
+  each_row(runs, lane, [&](auto path, int i, unsigned lanes) {
+    using Path = decltype(path);
     ForwardRow& row = rows[i / 2][i % 2];
     Run& run = runs[i / 2][i % 2];
-    const Scan scan = scan_newer<Path>(Path::total(run), q);
+    const Scan scan = scan_newer<Path>(Path::total(run), lane % 4, lanes);
     if (Run::alive(row.carry)) {
       row.oldest_carry = row.carry;
       row.oldest_tile = tile;
@@ -49,7 +48,7 @@ SBK_FN void weigh(float (&s)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2]
     Path::weights(run, Path::enter(row.carry, scan.before), A);
     put_row(s[i / 2], i % 2, A);
     row.carry = Path::advance(row.carry, scan.total);
-  }
+  });
 }
 
 template <class C> __global__ void __launch_bounds__(C::THREADS) forward_kernel(const __grid_constant__ ForwardParams p) {
@@ -115,11 +114,11 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) forward_kernel(
     // A from s and the stick.
     Run runs[C::MT][2];
     const int visible = first_end + my_row - tile * C::BLOCK_N - q * C::RUN;
-    const bool simple = tile >= tiles_full ? absorb<true>(runs, s, scale_log2, visible) : absorb<false>(runs, s, scale_log2, 0);
-    if (simple)
-      weigh<C, true>(s, runs, rows, tile, q);
+    if (tile >= tiles_full)
+      absorb<true>(runs, s, scale_log2, visible);
     else
-      weigh<C, false>(s, runs, rows, tile, q);
+      absorb<false>(runs, s, scale_log2, 0);
+    weigh<C>(s, runs, rows, tile, lane);
     if (shape.skip_below > 0.f) {
       alive = false;
 #pragma unroll

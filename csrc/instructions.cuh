@@ -91,7 +91,9 @@ SBK_FN int load_shared_int(unsigned address) {
 SBK_FN unsigned transpose_matrix(unsigned x) {
   unsigned y; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x)); return y;
 }
-SBK_FN float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+constexpr unsigned ALL_LANES = 0xffffffffu;
+// x of the lane whose number differs in the bits of `mask`; all of `lanes` take part.
+SBK_FN float from_lane_xor(float x, int mask, unsigned lanes) { return __shfl_xor_sync(lanes, x, mask); }
 
 // ---- Tensor cores ----
 

@@ -169,19 +169,38 @@ template <bool MASKED, int R> SBK_FN void to_logits(float (&s)[R], float scale_l
   for (int t = 0; t < R; t++) s[t] = MASKED && t >= visible ? INVISIBLE : s[t] * scale_log2;
 }
 
-// Logits of a tile -> runs; returns whether all of the warp's are simple.
+// Logits of a tile -> runs.
 template <bool MASKED, class Run, int MT, int NT>
-SBK_FN bool absorb(Run (&runs)[MT][2], const float (&s)[MT][NT][4], float scale_log2, int visible) {
-  bool simple = true;
+SBK_FN void absorb(Run (&runs)[MT][2], const float (&s)[MT][NT][4], float scale_log2, int visible) {
 #pragma unroll
   for (int i = 0; i < MT * 2; i++) {
     float logits[2 * NT];
     get_row(logits, s[i / 2], i % 2);
     to_logits<MASKED>(logits, scale_log2, visible + i * 8);
     runs[i / 2][i % 2].absorb(logits);
-    simple &= runs[i / 2][i % 2].simple();
   }
-  return __all_sync(0xffffffffu, simple);
+}
+
+// step(path, i, lanes) for each row of runs: Path<true> where the row's 4 runs are simple, else Path<false>. A row's results are
+// thus its own affair, whatever its neighbours' logits; `lanes` are those that take the same step.
+template <class Run, int MT, typename Step> SBK_FN void each_row(const Run (&runs)[MT][2], int lane, Step step) {
+  bool simple = true;
+#pragma unroll
+  for (int i = 0; i < MT * 2; i++) simple &= runs[i / 2][i % 2].simple();
+  if (__all_sync(ALL_LANES, simple)) {
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) step(typename Run::template Path<true>(), i, ALL_LANES);
+  } else {
+    const unsigned row_lanes = 15u << (lane & 28);
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+      if ((~__ballot_sync(ALL_LANES, runs[i / 2][i % 2].simple()) & row_lanes) == 0)
+        step(typename Run::template Path<true>(), i, row_lanes);
+      else
+        step(typename Run::template Path<false>(), i, row_lanes);
+      __syncwarp();
+    }
+  }
 }
 
 // ---- Scans over the 4 runs of a row, two shuffles each ----
@@ -192,14 +211,14 @@ struct Scan {
 };
 
 // Of a Run::Path's totals, newest run first.
-template <class Path> SBK_FN Scan scan_newer(float x, int q) {
-  const float other = from_lane_xor(x, 1), pair = Path::combine(x, other), outer = from_lane_xor(pair, 2);
+template <class Path> SBK_FN Scan scan_newer(float x, int q, unsigned lanes) {
+  const float other = from_lane_xor(x, 1, lanes), pair = Path::combine(x, other), outer = from_lane_xor(pair, 2, lanes);
   const float near = q & 1 ? Path::IDENTITY : other, far = q & 2 ? Path::IDENTITY : outer;
   return {Path::combine(near, far), Path::combine(pair, outer)};
 }
 // Sums, oldest run first.
-SBK_FN Scan scan_older(float x, int q) {
-  const float other = from_lane_xor(x, 1), pair = x + other, outer = from_lane_xor(pair, 2);
+SBK_FN Scan scan_older(float x, int q, unsigned lanes) {
+  const float other = from_lane_xor(x, 1, lanes), pair = x + other, outer = from_lane_xor(pair, 2, lanes);
   return {(q & 1 ? other : 0.f) + (q & 2 ? outer : 0.f), pair + outer};
 }
 
