@@ -24,24 +24,27 @@ struct KeysConfig {
   static constexpr int BLOCK_N = WARPS * KEY_GROUP, RUN = KEY_GROUP / 4;
   static constexpr int MT = MT_, NT = KEY_GROUP / 8, KT = KEY_GROUP / 16;  // row blocks at a time; column, row blocks of a group
   static constexpr int COLUMNS_D = BLOCK_D / SPLIT, COLUMNS_DV = BLOCK_DV / SPLIT;
-  static constexpr bool KEYS_IN_REGISTERS = SPLIT == 1;
+  // What the registers hold beside dk and dv: k and v of the group, k alone, or neither.
+  static constexpr bool KEEP_K = SPLIT == 1, KEEP_V = KEEP_K && BLOCK_DV <= 64;
   static constexpr int K_BYTES = tile_bytes<BLOCK_N, BLOCK_D>, KEYS_BYTES = K_BYTES + tile_bytes<BLOCK_N, BLOCK_DV>;
   static constexpr int Q_BYTES = tile_bytes<BLOCK_M, BLOCK_D>, DOUT_BYTES = tile_bytes<BLOCK_M, BLOCK_DV>;
   static constexpr int STATE_BYTES = WARPS * BLOCK_M * 4;  // one of carry and sum
   static constexpr int STAGE_BYTES = Q_BYTES + DOUT_BYTES + 2 * STATE_BYTES + 16;
   static constexpr int STAGES_BYTES = STAGES * STAGE_BYTES;
-  static constexpr int SHARED_BYTES = KEYS_IN_REGISTERS ? (KEYS_BYTES > STAGES_BYTES ? KEYS_BYTES : STAGES_BYTES) : KEYS_BYTES + STAGES_BYTES;
+  // v, k, and the stages, which reuse the memory of what registers hold.
+  static constexpr int V_BYTES = KEYS_BYTES - K_BYTES, STAGES_AT = KEEP_V ? 0 : KEEP_K ? V_BYTES : KEYS_BYTES;
+  static constexpr int SHARED_BYTES = STAGES_AT + STAGES_BYTES > KEYS_BYTES ? STAGES_AT + STAGES_BYTES : KEYS_BYTES;
   static_assert(BLOCK_M % (16 * MT) == 0 && KEY_GROUP % 16 == 0 && STAGES >= 2);
 };
 
 // The group's rows of a key-side tile as operand b: in registers, loaded once, or from shared memory each time.
-template <class C, int WIDTH> struct KeyRows {
-  unsigned kept[C::KEYS_IN_REGISTERS ? C::KT : 1][C::KEYS_IN_REGISTERS ? WIDTH / 16 : 1][4];
+template <class C, int WIDTH, bool KEEP> struct KeyRows {
+  unsigned kept[KEEP ? C::KT : 1][KEEP ? WIDTH / 16 : 1][4];
   unsigned address;
 
   SBK_FN void take(unsigned tile) {
     address = tile;
-    if constexpr (C::KEYS_IN_REGISTERS) {
+    if constexpr (KEEP) {
 #pragma unroll
       for (int i = 0; i < C::KT * (WIDTH / 16); i++)
         load_matrices<false>(kept[i / (WIDTH / 16)][i % (WIDTH / 16)], address_of(i / (WIDTH / 16), i % (WIDTH / 16)));
@@ -59,10 +62,10 @@ template <class C, int WIDTH> struct KeyRows {
 #pragma unroll
       for (int n = 0; n < C::KT; n++) {
         unsigned columns[4];
-        if constexpr (!C::KEYS_IN_REGISTERS) load_matrices<false>(columns, address_of(n, k));
+        if constexpr (!KEEP) load_matrices<false>(columns, address_of(n, k));
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          if constexpr (C::KEYS_IN_REGISTERS) columns[i] = kept[n][k][i];
+          if constexpr (KEEP) columns[i] = kept[n][k][i];
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
           multiply_add<typename C::T>(acc[mt][2 * n], rows[mt], columns[0], columns[1]);
@@ -154,19 +157,19 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) backward_keys_k
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, q = lane % 4;
   const int group_begin = n_begin + warp * C::KEY_GROUP;
 
-  // Take the keys: through the stages' memory into registers, or to stay in shared memory.
-  const unsigned keys_tile = shared_address(shared), stages = keys_tile + (C::KEYS_IN_REGISTERS ? 0 : C::KEYS_BYTES);
+  // Take the keys.
+  const unsigned v_tile = shared_address(shared), k_tile = v_tile + C::V_BYTES, stages = v_tile + C::STAGES_AT;
   load_tile<C::BLOCK_N, C::BLOCK_D, C::THREADS, KeyOrder<C::KEY_GROUP>, C::KEY_GROUP>(
-      keys_tile, rows_of<T>(p.k, at, shape.group), p.k.stride_row, n_begin, at.N, shape.head_dim, shape.aligned);
+      k_tile, rows_of<T>(p.k, at, shape.group), p.k.stride_row, n_begin, at.N, shape.head_dim, shape.aligned);
   load_tile<C::BLOCK_N, C::BLOCK_DV, C::THREADS, KeyOrder<C::KEY_GROUP>, C::KEY_GROUP>(
-      keys_tile + C::K_BYTES, rows_of<T>(p.v, at, shape.group), p.v.stride_row, n_begin, at.N, shape.value_dim, shape.aligned);
+      v_tile, rows_of<T>(p.v, at, shape.group), p.v.stride_row, n_begin, at.N, shape.value_dim, shape.aligned);
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
-  KeyRows<C, C::BLOCK_D> k;
-  KeyRows<C, C::BLOCK_DV> v;
-  k.take(keys_tile + warp * C::KEY_GROUP * tile_stride<C::BLOCK_D> * 2 + lane_offset_columns<C::BLOCK_D>(lane));
-  v.take(keys_tile + C::K_BYTES + warp * C::KEY_GROUP * tile_stride<C::BLOCK_DV> * 2 + lane_offset_columns<C::BLOCK_DV>(lane));
+  KeyRows<C, C::BLOCK_D, C::KEEP_K> k;
+  KeyRows<C, C::BLOCK_DV, C::KEEP_V> v;
+  k.take(k_tile + warp * C::KEY_GROUP * tile_stride<C::BLOCK_D> * 2 + lane_offset_columns<C::BLOCK_D>(lane));
+  v.take(v_tile + warp * C::KEY_GROUP * tile_stride<C::BLOCK_DV> * 2 + lane_offset_columns<C::BLOCK_DV>(lane));
   __syncthreads();
 
   float dk[C::KT][C::COLUMNS_D / 8][4], dv[C::KT][C::COLUMNS_DV / 8][4];
@@ -183,31 +186,30 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) backward_keys_k
     const int chunk_head = chunk_unit * shape.group + member;
 
     // Find the last block of queries that visits this tile.
-    const int* block_oldest = p.block_oldest + (int64)chunk_head * (p.chunk_rows / p.rows_per_oldest);
+    const int oldest_at = chunk_head * (p.chunk_rows / p.rows_per_oldest);
     if (threadIdx.x == 0) last_block = -1;
     __syncthreads();
     for (int i = threadIdx.x; i * p.rows_per_oldest < rows_end; i += C::THREADS)
-      if (block_oldest[i] < n_begin + C::BLOCK_N) atomicMax(&last_block, (min((i + 1) * p.rows_per_oldest, rows_end) - 1) / C::BLOCK_M);
+      if (p.block_oldest[oldest_at + i] < n_begin + C::BLOCK_N) atomicMax(&last_block, (min((i + 1) * p.rows_per_oldest, rows_end) - 1) / C::BLOCK_M);
     __syncthreads();
     const int block_last = last_block;
 
-    const T *q_rows = rows_of<T>(p.q, at, 1), *dout_rows = rows_of<T>(p.dout, at, 1);
     auto load_stage = [&](int block) {
       const unsigned stage = stages + block % C::STAGES * C::STAGE_BYTES;
       if (block <= block_last) {
         const int begin = p.row_begin + block * C::BLOCK_M;
-        load_tile<C::BLOCK_M, C::BLOCK_D, C::THREADS, NaturalOrder>(stage, q_rows, p.q.stride_row, begin, at.M, shape.head_dim, shape.aligned);
+        load_tile<C::BLOCK_M, C::BLOCK_D, C::THREADS, NaturalOrder>(stage, rows_of<T>(p.q, at, 1), p.q.stride_row, begin, at.M, shape.head_dim, shape.aligned);
         load_tile<C::BLOCK_M, C::BLOCK_DV, C::THREADS, NaturalOrder>(
-            stage + C::Q_BYTES, dout_rows, p.dout.stride_row, begin, at.M, shape.value_dim, shape.aligned);
+            stage + C::Q_BYTES, rows_of<T>(p.dout, at, 1), p.dout.stride_row, begin, at.M, shape.value_dim, shape.aligned);
         const unsigned state = stage + C::Q_BYTES + C::DOUT_BYTES;
         constexpr int PIECES = C::BLOCK_M / 4;  // 16 bytes each, of one group's carries or sums
         for (int i = threadIdx.x; i < 2 * C::WARPS * PIECES; i += C::THREADS) {
           const int group = n_begin / C::KEY_GROUP + i / PIECES % C::WARPS;
           const float* from = i < C::WARPS * PIECES ? p.state_carry : p.state_sum;
-          from += ((int64)chunk_head * p.key_groups + group) * p.chunk_rows + block * C::BLOCK_M + i % PIECES * 4;
+          from += (int64)(chunk_head * p.key_groups + group) * p.chunk_rows + block * C::BLOCK_M + i % PIECES * 4;
           copy_async_16(state + i * 16, from, 16);
         }
-        if (threadIdx.x == 0) copy_async_4(state + 2 * C::STATE_BYTES, block_oldest + block * C::BLOCK_M / p.rows_per_oldest, 4);
+        if (threadIdx.x == 0) copy_async_4(state + 2 * C::STATE_BYTES, p.block_oldest + oldest_at + block * C::BLOCK_M / p.rows_per_oldest, 4);
       }
       copy_async_commit();
     };

@@ -40,34 +40,20 @@ template <int D> bool add_all() {
   if constexpr (D == 64) {
     forward<D, 128, 64, 4, 2>();
     forward<D, 64, 64, 4, 2>();
-    forward<D, 64, 64, 4, 3>();
-    forward<D, 128, 32, 4, 3>();
-    forward<D, 64, 128, 4, 2>();
-    forward<D, 128, 64, 8, 2>();
     backward_queries<D, 64, 64, 4, 2, 16>();
-    backward_queries<D, 128, 64, 4, 2, 16>();
-    backward_queries<D, 128, 32, 4, 3, 16>();
-    backward_queries<D, 64, 32, 4, 3, 16>();
-    backward_keys<D, 64, 32, 4, 2, 16, 1>();
-    backward_keys<D, 64, 32, 8, 2, 16, 1>();
     backward_keys<D, 64, 16, 4, 2, 16, 1>();
-    backward_keys<D, 64, 16, 8, 2, 16, 1>();
+    backward_keys<D, 64, 32, 4, 2, 16, 1>();
   } else if constexpr (D == 128) {
     forward<D, 128, 64, 4, 2>();
     forward<D, 64, 64, 4, 2>();
     forward<D, 128, 32, 4, 2>();
-    forward<D, 128, 32, 4, 3>();
-    forward<D, 128, 64, 8, 2>();
     backward_queries<D, 64, 64, 4, 2, 16>();
-    backward_queries<D, 128, 32, 4, 2, 16>();
     backward_queries<D, 64, 32, 4, 2, 16>();
-    backward_queries<D, 64, 32, 4, 3, 16>();
     backward_keys<D, 64, 16, 8, 2, 16, 1>();
-    backward_keys<D, 64, 32, 8, 2, 16, 1>();
-    backward_keys<D, 64, 16, 4, 2, 16, 1>();
+    backward_keys<D, 32, 16, 8, 2, 16, 1>();
   } else {
-    forward<D, 64, 64, 4, 2>();
-    backward_queries<D, 64, 64, 4, 2, 16>();
+    forward<D, 64, 32, 4, 2>();
+    backward_queries<D, 64, 32, 4, 2, 16>();
     backward_keys<D, 32, 16, 4, 2, 16, 2>();
   }
   return true;

@@ -8,6 +8,7 @@ import importlib
 BACKENDS = {
     "cuda": "sbkernels.backends.cuda:CudaBackend",
     "triton": "sbkernels.backends.triton_:TritonBackend",
+    "ptx": "sbkernels.backends.ptx:PtxBackend",
     "torch": "sbkernels.backends.torch_:TorchBackend",
 }
 

@@ -1,4 +1,4 @@
-"""Plans the launches of csrc's kernels, for the backends that compile them ahead of time (cuda) and at run time (ptx).
+"""Plans the launches of csrc's kernels: what the backends that compile them ahead of time (cuda) and at run time (ptx) share.
 
 Parameters are packed as csrc/params.h lays them out; tests hold the sizes against the compiled ones.
 """
@@ -6,18 +6,26 @@ Parameters are packed as csrc/params.h lays them out; tests hold the sizes again
 from __future__ import annotations
 
 import dataclasses
+import functools
 import struct
 
 import torch
 
 from .. import env
 from ..problem import Problem, is_aligned
-from .base import Call, allocate
+from ..sources import device_headers
+from .base import Backend, Call, allocate
 
 TENSOR = "4q"
 SHAPE = "q10i2f"
 FORWARD_PARAMS = struct.Struct("=" + 4 * TENSOR + SHAPE + "3q")
 BACKWARD_PARAMS = struct.Struct("=" + 7 * TENSOR + SHAPE + "9q7i4x")
+KERNELS = {"forward": ("forward",), "backward": ("backward_queries", "backward_keys")}  # by direction
+DTYPES = ("float16", "bfloat16")
+MIN_CAPABILITY = (8, 0)
+# Bytes of shared memory a block may have, by compute capability (CUDA programming guide); elsewhere what 8.6 and 12.0 have.
+SHARED_LIMIT = {(8, 0): 163 * 2**10, (8, 7): 163 * 2**10, (9, 0): 227 * 2**10, (10, 0): 227 * 2**10}
+SHARED_LIMIT_ELSEWHERE = 99 * 2**10
 STATE_BYTES = 8  # of a row and a group of keys: two float32
 # Key groups cover whole tiles of the dq kernel; keys of the largest such tile.
 MAX_BLOCK_N = 128
@@ -31,6 +39,10 @@ class CudaForward:
     BLOCK_N: int
     NUM_WARPS: int
     NUM_STAGES: int
+
+    def of(self, kernel: str) -> dict[str, int]:
+        """Options of "forward" by their names in csrc."""
+        return vars(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +73,127 @@ class CudaBackward:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's name, its options, how many blocks, and its packed parameters."""
+    """One launch: the kernel's name, how many blocks, and its packed parameters. The config says with which options."""
 
     kernel: str
-    options: dict[str, int]
     grid: int
     params: bytes
 
 
-def mismatch(forward: CudaForward, backward: CudaBackward) -> str | None:
-    """Why the backward cannot start from what the forward saves; None if it can."""
-    if forward.BLOCK_N != backward.QUERIES_BLOCK_N:
-        return f"BLOCK_N={forward.BLOCK_N} forward and QUERIES_BLOCK_N={backward.QUERIES_BLOCK_N} backward: expected the same"
+class KernelBackend(Backend):
+    """A backend that runs csrc's kernels; a subclass finds the kernel for a problem and a config, and launches it."""
+
+    config_types = {"forward": CudaForward, "backward": CudaBackward}
+
+    def launch(self, call: Call, config, launch: Launch) -> None:
+        """Enqueue one launch of this config on the current stream of the call's device."""
+        raise NotImplementedError
+
+    def shared_bytes(self, problem: Problem, kernel: str, config) -> int | str:
+        """Bytes of shared memory a kernel takes, or why there is no such kernel."""
+        raise NotImplementedError
+
+    def config_pairs(self, problem: Problem) -> list[tuple[CudaForward, CudaBackward]]:
+        """Configs of both directions that go together, best first: the default is the first that fits the device."""
+        raise NotImplementedError
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.device_type != "cuda":
+            return f"runs on CUDA devices, not on {problem.device}"
+        if problem.dtype not in DTYPES:
+            return f"takes {' and '.join(DTYPES)}, whose products run on tensor cores, not {problem.dtype}"
+        capability = torch.cuda.get_device_capability(problem.device)
+        if capability < MIN_CAPABILITY:
+            needed, found = (".".join(map(str, x)) for x in (MIN_CAPABILITY, capability))
+            return f"needs compute capability {needed} or newer, {problem.device} has {found}"
+        if self.default_config(problem) is None:
+            return f"has no config for head dims {problem.head_dim} and {problem.value_dim} that fits {problem.device}'s shared memory"
+        return None
+
+    def default_config(self, problem: Problem):
+        return self._default(problem.head_dim, problem.value_dim, problem.dtype, problem.device)[problem.direction]
+
+    @functools.cache
+    def _default(self, head_dim: int, value_dim: int, dtype: str, device: str) -> dict:
+        problem = Problem(1, 1, 1, 1, 1, head_dim, value_dim, dtype, device)
+        for forward, backward in self.config_pairs(problem):
+            if self.illegal(problem, forward) is None and self.illegal(problem.reversed(), backward) is None:
+                return {"forward": forward, "backward": backward}
+        return {"forward": None, "backward": None}
+
+    def illegal(self, problem: Problem, config) -> str | None:
+        limit = shared_limit(problem.device)
+        for kernel in KERNELS[problem.direction]:
+            taken = self.shared_bytes(problem, kernel, config)
+            if isinstance(taken, str):
+                return taken
+            if taken > limit:
+                return f"{kernel} with {config.of(kernel)} takes {taken} bytes of shared memory: expected at most {limit}"
+        return None
+
+    def mismatch(self, forward: CudaForward, backward: CudaBackward) -> str | None:
+        if forward.BLOCK_N != backward.QUERIES_BLOCK_N:
+            return f"BLOCK_N={forward.BLOCK_N} forward and QUERIES_BLOCK_N={backward.QUERIES_BLOCK_N} backward: expected the same"
+        return None
+
+    def config_space(self, problem: Problem):
+        index = 0 if problem.direction == "forward" else 1
+        return list(dict.fromkeys(pair[index] for pair in self.config_pairs(problem)))
+
+    def sources(self):
+        folder = device_headers()
+        files = [path for pattern in ("*.cu", "*.cuh", "*.cpp", "*.h") for path in folder.glob(pattern)]
+        return [__file__, *sorted(map(str, files))]
+
+    def forward(self, call: Call, config: CudaForward):
+        out, remainder = call.empty_out(), call.empty_statistic()
+        saved = (call.empty_statistic(), call.empty_statistic(torch.int32))
+        self.launch(call, config, plan_forward(call, config, out, remainder, *saved))
+        return out, remainder, saved
+
+    def backward(self, call: Call, config: CudaBackward, remainder, saved, dout, dremainder):
+        dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        for launch in plan_backward(call, config, remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv):
+            self.launch(call, config, launch)
+        return dq, dk, dv
+
+
+def malformed(kernel: str, options: dict[str, int]) -> str | None:
+    """Why csrc's templates would refuse these options; None if they take them."""
+    o = options
+    if any(value < 1 for value in o.values()) or o["NUM_STAGES"] < 2:
+        return f"{kernel} with {o}: expected positive numbers, NUM_STAGES of 2 or more"
+    if kernel == "backward_keys":
+        if o["ROWS"] % 16 or o["BLOCK_M"] % o["ROWS"] or o["KEY_GROUP"] % 16 or o["SPLIT"] > 2:
+            return f"{kernel} with {o}: expected ROWS a multiple of 16 that divides BLOCK_M, KEY_GROUP a multiple of 16, SPLIT 1 or 2"
+        return None
+    if o["BLOCK_M"] % (16 * o["NUM_WARPS"]) or o["BLOCK_N"] % 16 or MAX_BLOCK_N % o["BLOCK_N"]:
+        return f"{kernel} with {o}: expected BLOCK_M a multiple of 16 NUM_WARPS, BLOCK_N of 16 that divides {MAX_BLOCK_N}"
+    if kernel == "backward_queries" and o["KEY_GROUP"] * 4 not in (o["BLOCK_N"], 2 * o["BLOCK_N"], 4 * o["BLOCK_N"]):
+        return f"{kernel} with {o}: expected KEY_GROUP to be 1, 2 or 4 quarters of BLOCK_N"
     return None
+
+
+def shared_bytes(kernel: str, block_d: int, block_dv: int, options: dict[str, int]) -> int:
+    """SHARED_BYTES of csrc's config structs."""
+    o = options
+    tiles = lambda rows: 2 * rows * (block_d + 8 + block_dv + 8)  # noqa: E731
+    if kernel == "forward":
+        return 2 * o["BLOCK_M"] * (block_d + 8) + o["NUM_STAGES"] * tiles(o["BLOCK_N"])
+    if kernel == "backward_queries":
+        return tiles(o["BLOCK_M"]) + o["NUM_STAGES"] * tiles(o["BLOCK_N"])
+    keys = o["NUM_WARPS"] * o["KEY_GROUP"]
+    stages = o["NUM_STAGES"] * (tiles(o["BLOCK_M"]) + 8 * o["NUM_WARPS"] * o["BLOCK_M"] + 16)
+    kept_v = 0 if o["SPLIT"] == 1 and block_dv <= 64 else 2 * keys * (block_dv + 8)
+    kept_k = 0 if o["SPLIT"] == 1 else 2 * keys * (block_d + 8)
+    return max(kept_v + kept_k + stages, tiles(keys))
+
+
+@functools.cache
+def shared_limit(device: str) -> int:
+    """Bytes of shared memory a block may have on a CUDA device."""
+    return SHARED_LIMIT.get(torch.cuda.get_device_capability(device), SHARED_LIMIT_ELSEWHERE)
 
 
 def _tensor(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -102,7 +222,7 @@ def plan_forward(call: Call, config: CudaForward, out, remainder, oldest_carry, 
         *_shape(call, call.q.shape[2], p.aligned),
         remainder.data_ptr(), oldest_carry.data_ptr(), oldest_tile.data_ptr(),
     )  # fmt: skip
-    return Launch("forward", vars(config), ceil_div(p.queries, config.BLOCK_M) * p.batch * p.heads, params)
+    return Launch("forward", ceil_div(p.queries, config.BLOCK_M) * p.batch * p.heads, params)
 
 
 def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
@@ -122,15 +242,14 @@ def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, old
         *_shape(call, call.q.shape[2], p.aligned and is_aligned(dout)),
         *(0 if x is None else x.data_ptr() for x in (remainder, dremainder, oldest_carry, oldest_tile, carry, older, block_oldest, *sums)),
     )  # fmt: skip
-    queries, keys = config.of("backward_queries"), config.of("backward_keys")
     key_tiles = ceil_div(p.keys, config.KEYS_NUM_WARPS * config.KEY_GROUP)
     for unit in range(0, units, chunk_units):
         units_here = min(chunk_units, units - unit)
         for row in range(0, p.queries, chunk_rows):
             last = row + chunk_rows >= p.queries
             params = BACKWARD_PARAMS.pack(*fixed, unit, row, chunk_rows, key_groups, block_m, row == 0, last)
-            yield Launch("backward_queries", queries, units_here * group * chunk_rows // block_m, params)
-            yield Launch("backward_keys", keys, units_here * key_tiles * config.KEYS_SPLIT, params)
+            yield Launch("backward_queries", units_here * group * chunk_rows // block_m, params)
+            yield Launch("backward_keys", units_here * key_tiles * config.KEYS_SPLIT, params)
 
 
 def chunk_sizes(problem: Problem, row_bytes: int, block: int, workspace: int) -> tuple[int, int]:
