@@ -63,10 +63,9 @@ def main() -> int:
         print(f"{row['backend']}: {row['errors']} errors over {row['cases']} cases, exit status {row['exit']}")
         print(row.get("output", ""), end="")
     if arguments.record:
-        from sbkernels import environment
         from sbkernels.verify import record
 
-        record.write(arguments.record, {"kind": "memcheck", "environment": environment.describe(), "rows": rows})
+        record.write(arguments.record, "memcheck", rows)
     return int(any(row["errors"] != 0 or row["exit"] for row in rows))
 
 
