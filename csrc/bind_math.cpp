@@ -76,54 +76,88 @@ static float value_of(unsigned bits) {
 
 // ---- Runs ----
 
-template <typename Use> static auto with_run(const std::string& formulation, const Array& s, Use use) {
-  const py::ssize_t size = s.ndim() == 2 ? s.shape(1) : 0;
-  if (size != 8 && size != 16) throw py::value_error("s: expected shape [n, 8] or [n, 16]");
-  const std::integral_constant<int, 8> eight;
-  const std::integral_constant<int, 16> sixteen;
-  if (formulation == "linear") return size == 8 ? use(sbk::LinearRun<8>{}, eight) : use(sbk::LinearRun<16>{}, sixteen);
-  if (formulation == "log") return size == 8 ? use(sbk::LogRun<8>{}, eight) : use(sbk::LogRun<16>{}, sixteen);
+// use(run, R, path) for an empty run of R keys and its Path<simple>.
+template <template <int> class Run, typename Use> static auto with_path(py::ssize_t size, bool simple, Use use) {
+  const auto of_size = [&](auto r) {
+    using R = decltype(r);
+    using Of = Run<R::value>;
+    return simple ? use(Of{}, r, typename Of::template Path<true>{}) : use(Of{}, r, typename Of::template Path<false>{});
+  };
+  switch (size) {
+    case 4: return of_size(std::integral_constant<int, 4>{});
+    case 8: return of_size(std::integral_constant<int, 8>{});
+    case 16: return of_size(std::integral_constant<int, 16>{});
+    case 32: return of_size(std::integral_constant<int, 32>{});
+  }
+  throw py::value_error("s: expected shape [n, R] with R one of 4, 8, 16, 32");
+}
+
+template <int R> using DefaultLogRun = sbk::LogRun<R>;
+
+template <typename Use> static auto with_run(const std::string& formulation, bool simple, py::ssize_t size, Use use) {
+  if (formulation == "linear") return with_path<sbk::LinearRun>(size, simple, use);
+  if (formulation == "log") return with_path<DefaultLogRun>(size, simple, use);
   throw py::value_error("formulation '" + formulation + "': expected 'linear' or 'log'");
 }
 
-static py::tuple run(const std::string& formulation, const Array& s, const Array& carry) {
-  return with_run(formulation, s, [&](auto step, auto size) -> py::tuple {
+static py::dict run(const std::string& formulation, bool simple, const Array& s, const Array& carry, const Array& a, const Array& older) {
+  return with_run(formulation, simple, s.ndim() == 2 ? s.shape(1) : 0, [&](auto keys, auto size, auto path) {
+    using Run = decltype(keys);
+    using Path = decltype(path);
     constexpr int R = decltype(size)::value;
     const py::ssize_t n = s.shape(0);
     check_shape("carry", carry, {n});
-    Array weights({n, py::ssize_t(R)}), rests({n, py::ssize_t(R)}), totals(n), exits(n), entries(n);
+    check_shape("a", a, {n, R});
+    check_shape("older", older, {n, R});
+    py::array_t<bool> simples(n), alive(n);
+    Array totals(n), entered(n), advanced(n), undone(n), sticks(n), weights({n, py::ssize_t(R)}), gradients({n, py::ssize_t(R)});
     for (py::ssize_t i = 0; i < n; i++) {
-      const float entry = carry.at(i), total = step.absorb(*(const float(*)[R])s.data(i));
-      for (int t = 0; t < R; t++) {
-        weights.mutable_at(i, t) = step.weight(t, entry);
-        rests.mutable_at(i, t) = step.gradient(t, 1.f, 0.f);
-      }
+      keys.absorb(*(const float(*)[R])s.data(i));
+      simples.mutable_at(i) = keys.simple();
+      const float total = Path::total(keys), entry = carry.at(i), exit = Path::advance(entry, total);
       totals.mutable_at(i) = total;
-      exits.mutable_at(i) = step.advance(entry, total);
-      entries.mutable_at(i) = step.undo(exits.at(i), total);
+      entered.mutable_at(i) = Path::enter(entry, total);
+      advanced.mutable_at(i) = exit;
+      undone.mutable_at(i) = Path::undo(exit, total);
+      alive.mutable_at(i) = Run::alive(exit);
+      sticks.mutable_at(i) = Run::stick(exit);
+      Path::weights(keys, entry, *(float(*)[R])weights.mutable_data(i));
+      for (int t = 0; t < R; t++) gradients.mutable_at(i, t) = keys.gradient(t, a.at(i, t), older.at(i, t));
     }
-    return py::make_tuple(weights, rests, totals, exits, entries);
+    return py::dict(py::arg("simple") = simples, py::arg("total") = totals, py::arg("enter") = entered, py::arg("advance") = advanced,
+                    py::arg("undo") = undone, py::arg("alive") = alive, py::arg("stick") = sticks, py::arg("weights") = weights,
+                    py::arg("gradient") = gradients);
   });
 }
 
-static Array gradient(const std::string& formulation, const Array& s, const Array& a, const Array& older) {
-  return with_run(formulation, s, [&](auto step, auto size) -> Array {
-    constexpr int R = decltype(size)::value;
-    const py::ssize_t n = s.shape(0);
-    check_shape("a", a, {n, R});
-    check_shape("older", older, {n, R});
-    Array gradients({n, py::ssize_t(R)});
-    for (py::ssize_t i = 0; i < n; i++) {
-      step.absorb(*(const float(*)[R])s.data(i));
-      for (int t = 0; t < R; t++) gradients.mutable_at(i, t) = step.gradient(t, a.at(i, t), older.at(i, t));
-    }
-    return gradients;
+// Path's step of this name on pairs of carry (of combine: total) and total.
+static Array step(const std::string& formulation, bool simple, const std::string& name, const Array& x, const Array& y) {
+  check_shape("y", y, {x.size()});
+  Array results(x.size());
+  with_run(formulation, simple, 4, [&](auto, auto, auto path) {
+    using Path = decltype(path);
+    float (*const function)(float, float) = name == "combine"   ? &Path::combine
+                                            : name == "enter"   ? &Path::enter
+                                            : name == "advance" ? &Path::advance
+                                            : name == "undo"    ? &Path::undo
+                                                                : nullptr;
+    if (!function) throw py::value_error("step '" + name + "': expected 'combine', 'enter', 'advance' or 'undo'");
+    for (py::ssize_t i = 0; i < x.size(); i++) results.mutable_at(i) = function(x.at(i), y.at(i));
+  });
+  return results;
+}
+
+static py::dict constants(const std::string& formulation, bool simple) {
+  return with_run(formulation, simple, 4, [](auto keys, auto, auto path) {
+    using Run = decltype(keys);
+    return py::dict(py::arg("WHOLE") = +Run::WHOLE, py::arg("NONE") = +Run::NONE, py::arg("IDENTITY") = +decltype(path)::IDENTITY);
   });
 }
 
 void bind_math(py::module_& module) {
   py::module_ m = module.def_submodule("math", "csrc/math.cuh built for the CPU, on float32 arrays; errors and throughput on a GPU.");
   m.attr("MAX_LOGIT2") = sbk::MAX_LOGIT2;
+  m.attr("SIMPLE_LIMIT") = sbk::SIMPLE_LIMIT;
   m.attr("MIN_STICK") = sbk::MIN_STICK;
   m.attr("INVISIBLE") = sbk::INVISIBLE;
   m.attr("UNCUT") = sbk::UNCUT;
@@ -146,9 +180,11 @@ void bind_math(py::module_& module) {
         py::call_guard<py::gil_scoped_release>(), "Errors over the floats with bits begin to begin + count - 1.");
   m.def("throughput_on_gpu", &throughput_on_gpu, py::arg("variant"), py::arg("device"), py::arg("stream"),
         py::call_guard<py::gil_scoped_release>(), "Logits per clock per multiprocessor, from registers.");
-  m.def("run", &run, py::arg("formulation"), py::arg("s"), py::arg("carry"),
-        "One run of base-2 logits s [n, 8 or 16], oldest first, entered with carry [n], 'linear' or 'log': weights [n, R],\n"
-        "1 - beta [n, R], totals [n], carries on exit [n], and on entry [n] as undone from those on exit.");
-  m.def("gradient", &gradient, py::arg("formulation"), py::arg("s"), py::arg("a"), py::arg("older"),
-        "dz [n, R] by eq. (9) of base-2 logits s [n, R]: from a [n, R], eq. (8), and older [n, R], dr r + sum of a over the older keys.");
+  m.def("run", &run, py::arg("formulation"), py::arg("simple"), py::arg("s"), py::arg("carry"), py::arg("a"), py::arg("older"),
+        "One run ('linear' or 'log') of base-2 logits s [n, R], oldest first, entered with carry [n] and taken through Path<simple>,\n"
+        "simple() or not. By name, [n]: simple; total; enter and advance of both; undo of what advance left; alive and stick of\n"
+        "that; [n, R]: weights, and gradient by eq. (9) from a, eq. (8), and older, dr r + sum of a over the older keys.");
+  m.def("step", &step, py::arg("formulation"), py::arg("simple"), py::arg("name"), py::arg("x"), py::arg("y"),
+        "combine of totals x and y [n]; or enter, advance or undo of carries x and totals y.");
+  m.def("constants", &constants, py::arg("formulation"), py::arg("simple"), "The carries WHOLE and NONE, the total IDENTITY.");
 }

@@ -77,13 +77,23 @@ template <bool TRANSPOSED> SBK_FN void load_matrices(unsigned (&r)[4], unsigned 
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
+SBK_FN void store_shared(unsigned address, unsigned short x) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(x) : "memory"); }
+SBK_FN float load_shared(unsigned address) {
+  float x; asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory"); return x;
+}
+SBK_FN int load_shared_int(unsigned address) {
+  int x; asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory"); return x;
+}
+
 // ---- Between lanes ----
 
 // An 8 x 8 matrix held as by load_matrices -> its transpose.
 SBK_FN unsigned transpose_matrix(unsigned x) {
   unsigned y; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x)); return y;
 }
-SBK_FN float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+constexpr unsigned ALL_LANES = 0xffffffffu;
+// x of the lane whose number differs in the bits of `mask`; all of `lanes` take part.
+SBK_FN float from_lane_xor(float x, int mask, unsigned lanes) { return __shfl_xor_sync(lanes, x, mask); }
 
 // ---- Tensor cores ----
 

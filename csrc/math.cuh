@@ -5,9 +5,8 @@
 // base-2 logits of its keys and answers, by key: the weight A, 1 - beta, and the logit's gradient. What is left of the stick is
 // passed on as a `carry`, a number whose meaning belongs to the formulation:
 //
-//     LinearRun   carry = the stick itself; eq. (6) and (7): u = 1 + 2^s, one reciprocal for each pair of keys. Products only
-//                 shrink, so underflow to 0 means "used up". NOTE: not for -ftz=true (--use_fast_math): the pair of two logits
-//                 beyond MAX_LOGIT2 has 2^-126, and less than a whole stick times that is a subnormal number.
+//     LinearRun   carry = the stick itself; eq. (6) and (7), u = 1 + 2^s. One reciprocal for a whole run, of its product of u,
+//                 where that stays below 2^30, one for each key elsewhere; underflow to 0 means "used up".
 //     LogRun      carry = -log2 of the stick, the paper's form: A = 2^(s - sum of softplus2 from this key to the newest).
 #pragma once
 #include "instructions.cuh"
@@ -15,11 +14,14 @@
 namespace sbk {
 
 constexpr float LOG2_E = 1.44269504f;
-// Base-2 logits are cut here: (1 + 2^63)^2 and its reciprocal are normal float32 numbers. 1 - beta is right to 2^-63.
+// 2^s is cut here: 1 - beta and A are right to 2^-63 of a stick, and products with a sum of gradients stay finite.
 constexpr float MAX_LOGIT2 = 63.f;
+constexpr float MAX_E = 9.22337204e18f;  // 2^63
 // A stick below this counts as used up: what one key beyond MAX_LOGIT2 leaves, and invisible in any output dtype.
 constexpr float MIN_STICK_LOG2 = -62.f;
 constexpr float MIN_STICK = 2.16840434e-19f;  // 2^-62
+// Up to here, a product of u over the 4 runs of a row and its reciprocal are normal numbers; a NaN is not below it.
+constexpr float SIMPLE_LIMIT = 1.07374182e9f;  // 2^30
 // An invisible key's base-2 logit: 2^s and softplus2(s) are 0.
 constexpr float INVISIBLE = -1e30f;
 
@@ -88,78 +90,131 @@ struct RestTanh {
 };
 
 // ---- One thread's run of R keys of one row ----
+//
+// A Run absorbs the run's base-2 logits. If it is `simple()` on all lanes of a warp, as real logits are, the kernels go on with
+// Run::Path<true>, else with Path<false>, which take the same steps:
+//
+//     total      of the run, to be combined over runs from IDENTITY on
+//     enter      carry on entry of keys, and the total of newer ones -> carry on entry of those behind them
+//     advance    the same at the end of a tile, for the kernel that walks towards older keys; undo goes back
+//     weights    A of eq. (3), from the carry on entry of the run
+
+template <bool CHOICE, class A, class B> struct Choose { using type = A; };
+template <class A, class B> struct Choose<false, A, B> { using type = B; };
+template <int R> struct SimplePath;
+template <int R> struct ExactPath;
 
 template <int R> struct LinearRun {
+  template <bool SIMPLE> using Path = typename Choose<SIMPLE, SimplePath<R>, ExactPath<R>>::type;
   static constexpr float WHOLE = 1.f;  // the carry of a whole stick
   static constexpr float NONE = 0.f;   // of a used-up one
-  static constexpr float IDENTITY = 1.f;
-
-  static SBK_FN float combine(float x, float y) { return x * y; }
-  // The carry on exit of keys with this total; used up at MIN_STICK.
-  static SBK_FN float advance(float carry, float total) { float y = carry * total; return y < MIN_STICK ? 0.f : y; }
-  // The carry on entry of keys with this total, from the one on their exit.
-  static SBK_FN float undo(float carry, float total) { return carry * rcp(total); }
   static SBK_FN bool alive(float carry) { return carry > 0.f; }
   static SBK_FN float stick(float carry) { return carry; }
 
-  float e[R];              // 2^s
-  float pair[R / 2];       // 1 / (u_older u_newer) of each pair of keys
-  float inclusive[R / 2];  // product of `pair` from here to the newest
+  float e[R];    // 2^s
+  float excess;  // product of all u, less 1: a sum of small shares keeps all its digits, which 1 + e does not
 
-  // Takes the run's base-2 logits; returns its total, prod(1 - beta).
-  SBK_FN float absorb(const float (&s)[R]) {
+  SBK_FN void absorb(const float (&s)[R]) {
+    excess = 0.f;
+#pragma unroll
+    for (int t = 0; t < R; t++) {
+      e[t] = ex2(s[t]);
+      excess = fmaf(excess, e[t], excess) + e[t];
+    }
+  }
+  SBK_FN bool simple() const { return excess < SIMPLE_LIMIT; }
+
+  // Eq. (9) for key t, from a of eq. (8) and dr r + sum of a over the older keys.
+  SBK_FN float gradient(int t, float a, float older) const { return fmaf(-e[t], older, a) * rcp(1.f + e[t]); }
+};
+
+// Totals are excesses; one reciprocal a run.
+template <int R> struct SimplePath {
+  static constexpr float IDENTITY = 0.f;
+  static SBK_FN float total(LinearRun<R>& run) { return run.excess; }
+  static SBK_FN float combine(float x, float y) { return fmaf(x, y, x) + y; }
+  static SBK_FN float enter(float carry, float excess) { return carry * rcp(1.f + excess); }
+  static SBK_FN float advance(float carry, float excess) {
+    const float rest = rcp(1.f + excess), left = excess < 1.f ? fmaf(-carry, excess * rest, carry) : carry * rest;
+    return left < MIN_STICK ? 0.f : left;
+  }
+  static SBK_FN float undo(float carry, float excess) { return fmaf(carry, excess, carry); }
+  // From the oldest key, after which `enter` leaves the stick: a key's share is 2^s times what is left after it.
+  static SBK_FN void weights(const LinearRun<R>& run, float carry, float (&A)[R]) {
+    float left = enter(carry, run.excess);
+#pragma unroll
+    for (int t = 0; t < R; t++) {
+      A[t] = left * run.e[t];
+      left += A[t];
+    }
+  }
+};
+
+// Totals are products of 1 - beta, which only shrink; a reciprocal a key.
+template <int R> struct ExactPath {
+  static constexpr float IDENTITY = 1.f;
+  static SBK_FN float total(LinearRun<R>& run) {
     float product = 1.f;
 #pragma unroll
-    for (int j = R / 2 - 1; j >= 0; j--) {
-      e[2 * j] = ex2(min_nan(s[2 * j], MAX_LOGIT2));
-      e[2 * j + 1] = ex2(min_nan(s[2 * j + 1], MAX_LOGIT2));
-      const float u = 1.f + e[2 * j];
-      pair[j] = rcp(fmaf(u, e[2 * j + 1], u));
-      product *= pair[j];
-      inclusive[j] = product;
+    for (int t = 0; t < R; t++) {
+      run.e[t] = min_nan(run.e[t], MAX_E);
+      product *= rcp(1.f + run.e[t]);
     }
     return product;
   }
-  // Eq. (3), given the carry on entry of the run.
-  SBK_FN float weight(int t, float carry) const {
-    const float y = carry * inclusive[t / 2];  // the stick after the pair's older key
-    return t % 2 ? fmaf(y, e[t - 1], y) * e[t] : y * e[t];
-  }
-  // Eq. (9) from a of eq. (8) and dr r + sum of a over the older keys.
-  SBK_FN float gradient(int t, float a, float older) const {
-    const float rest = fmaf(pair[t / 2], e[t ^ 1], pair[t / 2]);
-    return fmaf(-e[t], older, a) * rest;
+  static SBK_FN float combine(float x, float y) { return x * y; }
+  static SBK_FN float enter(float carry, float rest) { return carry * rest; }
+  static SBK_FN float advance(float carry, float rest) { return carry * rest < MIN_STICK ? 0.f : carry * rest; }
+  static SBK_FN float undo(float carry, float rest) { return carry * rcp(rest); }
+  static SBK_FN void weights(const LinearRun<R>& run, float carry, float (&A)[R]) {
+#pragma unroll
+    for (int t = R - 1; t >= 0; t--) {
+      carry *= rcp(1.f + run.e[t]);
+      A[t] = carry * run.e[t];
+    }
   }
 };
 
 template <int R, typename Softplus = SoftplusPolynomial> struct LogRun {
   static constexpr float WHOLE = 0.f;
   static constexpr float NONE = 1e30f;
-  static constexpr float IDENTITY = 0.f;
-
-  static SBK_FN float combine(float x, float y) { return x + y; }
-  static SBK_FN float advance(float carry, float total) { float y = carry + total; return y > -MIN_STICK_LOG2 ? NONE : y; }
-  static SBK_FN float undo(float carry, float total) { return carry - total; }
   static SBK_FN bool alive(float carry) { return carry < NONE; }
   static SBK_FN float stick(float carry) { return ex2(-carry); }
 
   float s[R];
   float softplus[R];
-  float exponent[R];  // s - sum of softplus2 from here to the run's newest
 
-  SBK_FN float absorb(const float (&logits)[R]) {
-    float sum = 0.f;
+  SBK_FN void absorb(const float (&logits)[R]) {
 #pragma unroll
-    for (int t = R - 1; t >= 0; t--) {
-      s[t] = min_nan(logits[t], MAX_LOGIT2);  // a large logit's digits would push the newer keys' out of `sum`
+    for (int t = 0; t < R; t++) {
+      s[t] = min_nan(logits[t], MAX_LOGIT2);  // a large logit's digits would push the newer keys' out of a sum
       softplus[t] = Softplus::log2(s[t]);
-      sum += softplus[t];
-      exponent[t] = s[t] - sum;
     }
-    return sum;
   }
-  SBK_FN float weight(int t, float carry) const { return ex2(exponent[t] - carry); }
+  SBK_FN bool simple() const { return true; }
   SBK_FN float gradient(int t, float a, float older) const { return a * ex2(-softplus[t]) - ex2(s[t] - softplus[t]) * older; }
+
+  // Totals are sums of softplus2.
+  template <bool SIMPLE> struct Path {
+    static constexpr float IDENTITY = 0.f;
+    static SBK_FN float total(const LogRun& run) {
+      float sum = 0.f;
+#pragma unroll
+      for (int t = 0; t < R; t++) sum += run.softplus[t];
+      return sum;
+    }
+    static SBK_FN float combine(float x, float y) { return x + y; }
+    static SBK_FN float enter(float carry, float spent) { return carry + spent; }
+    static SBK_FN float advance(float carry, float spent) { return carry + spent > -MIN_STICK_LOG2 ? NONE : carry + spent; }
+    static SBK_FN float undo(float carry, float spent) { return carry - spent; }
+    static SBK_FN void weights(const LogRun& run, float carry, float (&A)[R]) {
+#pragma unroll
+      for (int t = R - 1; t >= 0; t--) {
+        carry += run.softplus[t];
+        A[t] = ex2(run.s[t] - carry);
+      }
+    }
+  };
 };
 
 }  // namespace sbk

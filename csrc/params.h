@@ -40,13 +40,15 @@ struct BackwardParams {
   const float* dremainder;
   const float* oldest_carry;
   const int* oldest_tile;
-  // Scratch of one chunk: `units` (batch, key head) pairs from unit_begin on, chunk_rows query rows of each from row_begin on.
+  // Scratch of one chunk: `units` (batch, key head) pairs from unit_begin on (as many as the grid is for), chunk_rows query rows of
+  // each from row_begin on. Key groups cover whole tiles of the dq kernel.
   float* state_carry;   // [units * group, key_groups, chunk_rows]: carry on entry of each group of keys
   float* state_sum;     // [units * group, key_groups, chunk_rows]: dr r + sum of a over the older groups
-  int* block_oldest;    // [units * group, chunk_rows / BLOCK_M of the dq kernel]: oldest key tile a block of queries visits
+  int* block_oldest;    // [units * group, chunk_rows / rows_per_oldest]: oldest key those rows visit
   float* dk_sum;        // [units, N, D] and
   float* dv_sum;        // [units, N, Dv]: sums over chunks of rows; null where one chunk holds all rows
-  int unit_begin, units, row_begin, chunk_rows, key_groups;
+  int unit_begin, row_begin, chunk_rows, key_groups;
+  int rows_per_oldest;        // BLOCK_M of the dq kernel
   int first_rows, last_rows;  // whether this chunk holds the first and the last rows
 };
 

@@ -1,12 +1,14 @@
-"""Every SBKERNELS_* environment variable: parsed here and nowhere else, strictly, at each use."""
+"""Every SBKERNELS_* environment variable but those of the build (csrc/build_cuda.py): parsed here alone, strictly, at each use."""
 
 from __future__ import annotations
 
 import os
+import pathlib
 
 BACKEND = "SBKERNELS_BACKEND"
 WORKSPACE = "SBKERNELS_WORKSPACE"
 CHECK_SEQLENS = "SBKERNELS_CHECK_SEQLENS"
+CACHE = "SBKERNELS_CACHE"
 
 DEFAULT_WORKSPACE = 256 * 2**20
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -16,6 +18,7 @@ VARIABLES = {
     BACKEND: ("backend of calls that name none: a registered name, or auto", "auto"),
     WORKSPACE: ("most bytes a backward may take for scratch, such as 268435456, 256MiB or 1GiB", "256MiB"),
     CHECK_SEQLENS: ("1: read cu_seqlens back and check it in each varlen call; 0: trust it (CUDA graph capture)", "1"),
+    CACHE: ("folder of the kernels compiled at run time", "$XDG_CACHE_HOME/sbkernels or ~/.cache/sbkernels"),
 }
 
 
@@ -43,3 +46,12 @@ def check_seqlens() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"{CHECK_SEQLENS}={value!r} is neither 0 nor 1")
     return value == "1"
+
+
+def cache_folder() -> pathlib.Path:
+    """Folder of the kernels compiled at run time; it need not exist yet."""
+    value = os.environ.get(CACHE, "").strip()
+    if value:
+        return pathlib.Path(value).expanduser().absolute()
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else pathlib.Path.home() / ".cache") / "sbkernels"

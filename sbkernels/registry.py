@@ -6,7 +6,9 @@ import functools
 import importlib
 
 BACKENDS = {
+    "cuda": "sbkernels.backends.cuda:CudaBackend",
     "triton": "sbkernels.backends.triton_:TritonBackend",
+    "ptx": "sbkernels.backends.ptx:PtxBackend",
     "torch": "sbkernels.backends.torch_:TorchBackend",
 }
 

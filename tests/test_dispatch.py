@@ -90,3 +90,21 @@ def test_candidates_are_legal_and_rejections_have_reasons(name):
         assert legal and all(backend.illegal(problem, c) is None for c in legal)
         assert all(reason for _, reason in rejected)
         assert backend.illegal(problem, backend.default_config(problem)) is None
+
+
+XDG = "XDG_CACHE_HOME"
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ({}, "/home/me/.cache/sbkernels"),
+        ({XDG: "/x"}, "/x/sbkernels"),
+        ({XDG: "relative"}, "/home/me/.cache/sbkernels"),
+        ({XDG: "/x", env.CACHE: "~/c"}, "/home/me/c"),
+    ],
+)
+def test_cache_folder(monkeypatch, settings, folder):
+    for name, value in ({XDG: "", env.CACHE: "", "HOME": "/home/me"} | settings).items():
+        monkeypatch.setenv(name, value)
+    assert str(env.cache_folder()) == folder

@@ -1,0 +1,191 @@
+// Each instruction of compute capability 9.0a that the Hopper kernels use, wrapped once: barriers in shared memory, copies by
+// tensor maps and in bulk, matrix products by warpgroups of 128 threads. Shared memory is named by its address (shared_address).
+//
+// Tiles lie in slabs of 64 columns: rows of 128 bytes, row after row, swizzled by 128 bytes (the 16-byte piece c of row r lies in
+// place c ^ r % 8), as tensor maps with CU_TENSOR_MAP_SWIZZLE_128B and boxes 64 elements wide write them. A slab starts on a
+// multiple of SWIZZLE_BYTES.
+#pragma once
+#include "instructions.cuh"
+
+namespace sbk {
+
+using uint64 = unsigned long long;
+using Barrier = uint64;  // an mbarrier, in shared memory
+
+constexpr int SLAB_COLUMNS = 64, SLAB_ROW_BYTES = 128;
+constexpr int SWIZZLE_BYTES = 1024;  // the swizzle repeats after as much: 8 rows
+
+// ---- Barriers: a phase ends with its last arrival and the last of the bytes expected; the first phase is 0 ----
+
+SBK_FN void barrier_init(unsigned barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// After barrier_init, before other threads or the copy engine see the barriers (with a __syncthreads).
+SBK_FN void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+SBK_FN void barrier_arrive(unsigned barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+// Arrives, and holds the phase up for as many bytes of copies.
+SBK_FN void barrier_arrive_expecting(unsigned barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Whether the latest phase of this parity has ended, waiting for it a short while. A phase before the first counts as ended and as
+// odd, so that whoever fills a buffer first waits for nothing.
+SBK_FN bool barrier_try_wait(unsigned barrier, int parity) {
+  unsigned done;
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done;
+}
+// Until it has, or `limit` tries have been made; whether it has.
+SBK_FN bool barrier_wait(unsigned barrier, int parity, int limit) {
+  for (int i = 0; i < limit; i++)
+    if (barrier_try_wait(barrier, parity)) return true;
+  return false;
+}
+
+// The hardware's 16 barriers, for whole warps: waits for `threads` threads to have come to it, those that only arrive included.
+SBK_FN void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+SBK_FN void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ---- Registers: a warpgroup gives some back, or waits for some; multiples of 8 ----
+
+template <int COUNT> SBK_FN void registers_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> SBK_FN void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+// ---- Flags in global memory, between blocks ----
+
+SBK_FN int load_acquire(const int* p) {
+  int x; asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory"); return x;
+}
+SBK_FN void store_release(int* p, int x) { asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
+
+// ---- Copies ----
+
+// Makes this thread's writes to shared memory visible to the copy engine and the tensor cores; then a barrier, then the reader.
+SBK_FN void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for what this thread has seen of global memory.
+SBK_FN void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+SBK_FN void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+// A map's box at these coordinates (in elements, fastest dimension first) -> shared; the bytes count towards the barrier's phase.
+SBK_FN void load_box(unsigned shared, const void* map, unsigned barrier, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+               " [%0], [%1, {%3, %4, %5}], [%2];"
+               ::"r"(shared), "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+SBK_FN void load_box(unsigned shared, const void* map, unsigned barrier, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+               " [%0], [%1, {%3, %4, %5, %6}], [%2];"
+               ::"r"(shared), "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+SBK_FN void load_box(unsigned shared, const void* map, unsigned barrier, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+               " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+               ::"r"(shared), "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
+}
+// Shared -> a map's box, part of this thread's bulk group; elements beyond the tensor are dropped.
+SBK_FN void store_box(unsigned shared, const void* map, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
+               ::"l"(map), "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
+}
+// Floats in shared added to those in global memory, part of this thread's bulk group. Addresses and bytes: multiples of 16.
+SBK_FN void reduce_add(float* global, unsigned shared, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+               ::"l"(global), "r"(shared), "r"(bytes) : "memory");
+}
+SBK_FN void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until at most PENDING of this thread's latest bulk groups are still under way ...
+template <int PENDING> SBK_FN void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory"); }
+// ... or still have shared memory to read.
+template <int PENDING> SBK_FN void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory"); }
+
+// Four 8 x 8 matrices of 16-bit elements, held as load_matrices leaves them; lanes 8i to 8i + 7 give the rows of matrix i.
+SBK_FN void store_matrices(unsigned address, const unsigned (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
+// ---- Products of tiles by a warpgroup ----
+//
+// c[64, N] += a[64, 16] b[16, N], asynchronously. Lane l of warp w of the four holds of c the rows 16 w + l / 4 and that + 8;
+// c[4 j] to c[4 j + 3]: columns 8 j + l % 4 * 2 + (0, 1) of the first row, then of the second. a in registers: as multiply_add's.
+
+// Orders this warpgroup's use of registers before the products that follow.
+SBK_FN void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+SBK_FN void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most PENDING of the latest groups of products are still under way.
+template <int PENDING> SBK_FN void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+
+// Which way an operand lies: rows of its tile are rows of a (columns of b), contiguous along k ...
+constexpr int ALONG_K = 0;
+// ... or rows of its tile are k, and it is transposed on the way: contiguous along m (n).
+constexpr int ACROSS_K = 1;
+
+// Descriptor of an operand in shared memory, in 16-byte units throughout: what a tile is further on is added to it.
+//     bits 0-13   address
+//     bits 16-29  "leading" offset. ACROSS_K: from one slab to the next, used where the operand is wider than a slab; else unused
+//     bits 32-45  "stride" offset, from 8 rows to the next 8
+//     bits 49-51  what the slab's start is off SWIZZLE_BYTES: 0
+//     bits 62-63  1: swizzled by 128 bytes
+SBK_FN uint64 operand(unsigned address, int slab_bytes) {
+  return 1ull << 62 | (uint64)(SWIZZLE_BYTES / 16) << 32 | (uint64)(slab_bytes / 16) << 16 | address / 16;
+}
+constexpr int further(int bytes) { return bytes / 16; }
+// What to add for step k of 16: ALONG_K in slabs of slab_bytes; ACROSS_K, within a slab of any height.
+constexpr int along_k(int k, int slab_bytes) { return further(k / 4 * slab_bytes + k % 4 * 32); }
+constexpr int across_k(int k) { return further(k * 16 * SLAB_ROW_BYTES); }
+
+template <typename T, int N> struct Wgmma;
+
+// Four functions for each type and N: a from shared memory or from registers; `add` keeps what c holds unless `keep` is 0; `set`
+// does not, and c is an output only.
+// NOTE: with c as an in-out operand of a product that overwrites it, the compiler keeps it alive through the whole loop before.
+#define SBK_C4(how, i) how(c[i]), how(c[i + 1]), how(c[i + 2]), how(c[i + 3])
+#define SBK_C16(how, i) SBK_C4(how, i), SBK_C4(how, i + 4), SBK_C4(how, i + 8), SBK_C4(how, i + 12)
+#define SBK_C32(how, i) SBK_C16(how, i), SBK_C16(how, i + 16)
+#define SBK_C64(how, i) SBK_C32(how, i), SBK_C32(how, i + 32)
+#define SBK_LIST16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SBK_LIST32 SBK_LIST16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SBK_LIST64                                                                                                                 \
+  SBK_LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51"                \
+             ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// P0 to P6: the numbers of the operands after the COUNT = N / 2 of c.
+#define SBK_WGMMA(T, PTX, N, COUNT, P0, P1, P2, P3, P4, P5, P6)                                                                    \
+  template <> struct Wgmma<T, N> {                                                                                                 \
+    template <int A, int B> static SBK_FN void add(float (&c)[COUNT], uint64 a, uint64 b, int keep) {                              \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P2 ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX        \
+                   " {" SBK_LIST##COUNT "}, %" #P0 ", %" #P1 ", p, 1, 1, %" #P3 ", %" #P4 ";}"                                     \
+                   : SBK_C##COUNT("+f", 0) : "l"(a), "l"(b), "r"(keep), "n"(A), "n"(B));                                           \
+    }                                                                                                                              \
+    template <int A, int B> static SBK_FN void set(float (&c)[COUNT], uint64 a, uint64 b) {                                        \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX               \
+                   " {" SBK_LIST##COUNT "}, %" #P0 ", %" #P1 ", p, 1, 1, %" #P2 ", %" #P3 ";}"                                     \
+                   : SBK_C##COUNT("=f", 0) : "l"(a), "l"(b), "n"(A), "n"(B));                                                      \
+    }                                                                                                                              \
+    template <int B> static SBK_FN void add(float (&c)[COUNT], const unsigned (&a)[4], uint64 b, int keep) {                       \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P5 ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX        \
+                   " {" SBK_LIST##COUNT "}, {%" #P0 ", %" #P1 ", %" #P2 ", %" #P3 "}, %" #P4 ", p, 1, 1, %" #P6 ";}"               \
+                   : SBK_C##COUNT("+f", 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(B));               \
+    }                                                                                                                              \
+    template <int B> static SBK_FN void set(float (&c)[COUNT], const unsigned (&a)[4], uint64 b) {                                 \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX               \
+                   " {" SBK_LIST##COUNT "}, {%" #P0 ", %" #P1 ", %" #P2 ", %" #P3 "}, %" #P4 ", p, 1, 1, %" #P5 ";}"               \
+                   : SBK_C##COUNT("=f", 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(B));                          \
+    }                                                                                                                              \
+  };
+SBK_WGMMA(half, "f16", 32, 16, 16, 17, 18, 19, 20, 21, 22)
+SBK_WGMMA(half, "f16", 64, 32, 32, 33, 34, 35, 36, 37, 38)
+SBK_WGMMA(half, "f16", 128, 64, 64, 65, 66, 67, 68, 69, 70)
+SBK_WGMMA(bfloat, "bf16", 32, 16, 16, 17, 18, 19, 20, 21, 22)
+SBK_WGMMA(bfloat, "bf16", 64, 32, 32, 33, 34, 35, 36, 37, 38)
+SBK_WGMMA(bfloat, "bf16", 128, 64, 64, 65, 66, 67, 68, 69, 70)
+#undef SBK_WGMMA
+#undef SBK_LIST16
+#undef SBK_LIST32
+#undef SBK_LIST64
+#undef SBK_C4
+#undef SBK_C16
+#undef SBK_C32
+#undef SBK_C64
+
+}  // namespace sbk

@@ -1,0 +1,265 @@
+"""Plans the launches of csrc's kernels: what the backends that compile them ahead of time (cuda) and at run time (ptx) share.
+
+Parameters are packed as csrc/params.h lays them out; tests hold the sizes against the compiled ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import struct
+
+import torch
+
+from .. import env
+from ..problem import Problem, is_aligned
+from ..sources import device_headers
+from .base import Backend, Call, allocate
+
+TENSOR = "4q"
+SHAPE = "q10i2f"
+FORWARD_PARAMS = struct.Struct("=" + 4 * TENSOR + SHAPE + "3q")
+BACKWARD_PARAMS = struct.Struct("=" + 7 * TENSOR + SHAPE + "9q7i4x")
+KERNELS = {"forward": ("forward",), "backward": ("backward_queries", "backward_keys")}  # by direction
+DTYPES = ("float16", "bfloat16")
+MIN_CAPABILITY = (8, 0)
+# Bytes of shared memory a block may have, by compute capability (CUDA programming guide); elsewhere what 8.6 and 12.0 have.
+SHARED_LIMIT = {(8, 0): 163 * 2**10, (8, 7): 163 * 2**10, (9, 0): 227 * 2**10, (10, 0): 227 * 2**10}
+SHARED_LIMIT_ELSEWHERE = 99 * 2**10
+STATE_BYTES = 8  # of a row and a group of keys: two float32
+# Key groups cover whole tiles of the dq kernel; keys of the largest such tile.
+MAX_BLOCK_N = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaForward:
+    """Tile sizes and launch options of the forward kernel (csrc/forward.cuh)."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    NUM_WARPS: int
+    NUM_STAGES: int
+
+    def of(self, kernel: str) -> dict[str, int]:
+        """Options of "forward" by their names in csrc."""
+        return vars(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaBackward:
+    """Tile sizes and launch options of the two backward kernels: QUERIES (csrc/backward_queries.cuh) and KEYS (backward_keys.cuh).
+
+    KEY_GROUP keys share a state; QUERIES_BLOCK_N must be the forward's BLOCK_N, whose tiles it counts in. KEYS_ROWS query rows
+    are worked on at a time; KEYS_SPLIT blocks share the columns of dk and dv.
+    """
+
+    KEY_GROUP: int
+    QUERIES_BLOCK_M: int
+    QUERIES_BLOCK_N: int
+    QUERIES_NUM_WARPS: int
+    QUERIES_NUM_STAGES: int
+    KEYS_BLOCK_M: int
+    KEYS_ROWS: int
+    KEYS_NUM_WARPS: int
+    KEYS_NUM_STAGES: int
+    KEYS_SPLIT: int
+
+    def of(self, kernel: str) -> dict[str, int]:
+        """Options of "backward_queries" or "backward_keys" by their names in csrc."""
+        prefix = {"backward_queries": "QUERIES_", "backward_keys": "KEYS_"}[kernel]
+        values = {name: value for name, value in vars(self).items() if name.startswith(prefix)}
+        return {"KEY_GROUP": self.KEY_GROUP} | {name.removeprefix(prefix): value for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel's name, how many blocks, and its packed parameters. The config says with which options."""
+
+    kernel: str
+    grid: int
+    params: bytes
+
+
+class KernelBackend(Backend):
+    """A backend that runs csrc's kernels; a subclass finds the kernel for a problem and a config, and launches it."""
+
+    config_types = {"forward": CudaForward, "backward": CudaBackward}
+
+    def launch(self, call: Call, config, launch: Launch) -> None:
+        """Enqueue one launch of this config on the current stream of the call's device."""
+        raise NotImplementedError
+
+    def shared_bytes(self, problem: Problem, kernel: str, config) -> int | str:
+        """Bytes of shared memory a kernel takes, or why there is no such kernel."""
+        raise NotImplementedError
+
+    def config_pairs(self, problem: Problem) -> list[tuple[CudaForward, CudaBackward]]:
+        """Configs of both directions that go together, best first: the default is the first that fits the device."""
+        raise NotImplementedError
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.device_type != "cuda":
+            return f"runs on CUDA devices, not on {problem.device}"
+        if problem.dtype not in DTYPES:
+            return f"takes {' and '.join(DTYPES)}, whose products run on tensor cores, not {problem.dtype}"
+        capability = torch.cuda.get_device_capability(problem.device)
+        if capability < MIN_CAPABILITY:
+            needed, found = (".".join(map(str, x)) for x in (MIN_CAPABILITY, capability))
+            return f"needs compute capability {needed} or newer, {problem.device} has {found}"
+        if self.default_config(problem) is None:
+            return f"has no config for head dims {problem.head_dim} and {problem.value_dim} that fits {problem.device}'s shared memory"
+        return None
+
+    def default_config(self, problem: Problem):
+        return self._default(problem.head_dim, problem.value_dim, problem.dtype, problem.device)[problem.direction]
+
+    @functools.cache
+    def _default(self, head_dim: int, value_dim: int, dtype: str, device: str) -> dict:
+        problem = Problem(1, 1, 1, 1, 1, head_dim, value_dim, dtype, device)
+        for forward, backward in self.config_pairs(problem):
+            if self.illegal(problem, forward) is None and self.illegal(problem.reversed(), backward) is None:
+                return {"forward": forward, "backward": backward}
+        return {"forward": None, "backward": None}
+
+    def illegal(self, problem: Problem, config) -> str | None:
+        limit = shared_limit(problem.device)
+        for kernel in KERNELS[problem.direction]:
+            taken = self.shared_bytes(problem, kernel, config)
+            if isinstance(taken, str):
+                return taken
+            if taken > limit:
+                return f"{kernel} with {config.of(kernel)} takes {taken} bytes of shared memory: expected at most {limit}"
+        return None
+
+    def mismatch(self, forward: CudaForward, backward: CudaBackward) -> str | None:
+        if forward.BLOCK_N != backward.QUERIES_BLOCK_N:
+            return f"BLOCK_N={forward.BLOCK_N} forward and QUERIES_BLOCK_N={backward.QUERIES_BLOCK_N} backward: expected the same"
+        return None
+
+    def config_space(self, problem: Problem):
+        index = 0 if problem.direction == "forward" else 1
+        return list(dict.fromkeys(pair[index] for pair in self.config_pairs(problem)))
+
+    def sources(self):
+        folder = device_headers()
+        files = [path for pattern in ("*.cu", "*.cuh", "*.cpp", "*.h") for path in folder.glob(pattern)]
+        return [__file__, *sorted(map(str, files))]
+
+    def forward(self, call: Call, config: CudaForward):
+        out, remainder = call.empty_out(), call.empty_statistic()
+        saved = (call.empty_statistic(), call.empty_statistic(torch.int32))
+        self.launch(call, config, plan_forward(call, config, out, remainder, *saved))
+        return out, remainder, saved
+
+    def backward(self, call: Call, config: CudaBackward, remainder, saved, dout, dremainder):
+        dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        for launch in plan_backward(call, config, remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv):
+            self.launch(call, config, launch)
+        return dq, dk, dv
+
+
+def malformed(kernel: str, options: dict[str, int]) -> str | None:
+    """Why csrc's templates would refuse these options; None if they take them."""
+    o = options
+    if any(value < 1 for value in o.values()) or o["NUM_STAGES"] < 2:
+        return f"{kernel} with {o}: expected positive numbers, NUM_STAGES of 2 or more"
+    if kernel == "backward_keys":
+        if o["ROWS"] % 16 or o["BLOCK_M"] % o["ROWS"] or o["KEY_GROUP"] % 16 or o["SPLIT"] > 2:
+            return f"{kernel} with {o}: expected ROWS a multiple of 16 that divides BLOCK_M, KEY_GROUP a multiple of 16, SPLIT 1 or 2"
+        return None
+    if o["BLOCK_M"] % (16 * o["NUM_WARPS"]) or o["BLOCK_N"] % 16 or MAX_BLOCK_N % o["BLOCK_N"]:
+        return f"{kernel} with {o}: expected BLOCK_M a multiple of 16 NUM_WARPS, BLOCK_N of 16 that divides {MAX_BLOCK_N}"
+    if kernel == "backward_queries" and o["KEY_GROUP"] * 4 not in (o["BLOCK_N"], 2 * o["BLOCK_N"], 4 * o["BLOCK_N"]):
+        return f"{kernel} with {o}: expected KEY_GROUP to be 1, 2 or 4 quarters of BLOCK_N"
+    return None
+
+
+def shared_bytes(kernel: str, block_d: int, block_dv: int, options: dict[str, int]) -> int:
+    """SHARED_BYTES of csrc's config structs."""
+    o = options
+    tiles = lambda rows: 2 * rows * (block_d + 8 + block_dv + 8)  # noqa: E731
+    if kernel == "forward":
+        return 2 * o["BLOCK_M"] * (block_d + 8) + o["NUM_STAGES"] * tiles(o["BLOCK_N"])
+    if kernel == "backward_queries":
+        return tiles(o["BLOCK_M"]) + o["NUM_STAGES"] * tiles(o["BLOCK_N"])
+    keys = o["NUM_WARPS"] * o["KEY_GROUP"]
+    stages = o["NUM_STAGES"] * (tiles(o["BLOCK_M"]) + 8 * o["NUM_WARPS"] * o["BLOCK_M"] + 16)
+    kept_v = 0 if o["SPLIT"] == 1 and block_dv <= 64 else 2 * keys * (block_dv + 8)
+    kept_k = 0 if o["SPLIT"] == 1 else 2 * keys * (block_d + 8)
+    return max(kept_v + kept_k + stages, tiles(keys))
+
+
+@functools.cache
+def shared_limit(device: str) -> int:
+    """Bytes of shared memory a block may have on a CUDA device."""
+    return SHARED_LIMIT.get(torch.cuda.get_device_capability(device), SHARED_LIMIT_ELSEWHERE)
+
+
+def _tensor(x: torch.Tensor) -> tuple[int, int, int, int]:
+    stride_b, stride_h, stride_row, _ = x.stride()
+    return x.data_ptr(), stride_b, stride_h, stride_row
+
+
+def _shape(call: Call, stat_rows: int, aligned: bool) -> tuple:
+    p = call.problem
+    cu_seqlens = 0 if call.cu_seqlens is None else call.cu_seqlens.data_ptr()
+    return (
+        cu_seqlens, p.batch, p.heads, p.heads // p.kv_heads, p.queries, p.keys, p.head_dim, p.value_dim,
+        stat_rows, p.attend_current, aligned, call.scale, call.skip_below,
+    )  # fmt: skip
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def plan_forward(call: Call, config: CudaForward, out, remainder, oldest_carry, oldest_tile) -> Launch:
+    """The forward's only launch."""
+    p = call.problem
+    params = FORWARD_PARAMS.pack(
+        *_tensor(call.q), *_tensor(call.k), *_tensor(call.v), *_tensor(out),
+        *_shape(call, call.q.shape[2], p.aligned),
+        remainder.data_ptr(), oldest_carry.data_ptr(), oldest_tile.data_ptr(),
+    )  # fmt: skip
+    return Launch("forward", ceil_div(p.queries, config.BLOCK_M) * p.batch * p.heads, params)
+
+
+def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
+    """The backward's launches, chunk by chunk: (batch, key head) pairs and query rows such that the state fits the workspace.
+
+    Scratch is allocated here and lives as long as the generator.
+    """
+    p = call.problem
+    units, group = p.batch * p.kv_heads, p.heads // p.kv_heads
+    block_m, key_groups = config.QUERIES_BLOCK_M, ceil_div(p.keys, MAX_BLOCK_N) * (MAX_BLOCK_N // config.KEY_GROUP)
+    chunk_units, chunk_rows = chunk_sizes(p, STATE_BYTES * key_groups * group, max(block_m, config.KEYS_BLOCK_M), env.workspace())
+    carry, older = (allocate((chunk_units * group, key_groups, chunk_rows), remainder) for _ in range(2))
+    block_oldest = allocate((chunk_units * group, chunk_rows // block_m), remainder, torch.int32)
+    sums = [None if chunk_rows >= p.queries else allocate((chunk_units, p.keys, x.shape[3]), remainder) for x in (dk, dv)]
+    fixed = (
+        *(value for x in (call.q, call.k, call.v, dout, dq, dk, dv) for value in _tensor(x)),
+        *_shape(call, call.q.shape[2], p.aligned and is_aligned(dout)),
+        *(0 if x is None else x.data_ptr() for x in (remainder, dremainder, oldest_carry, oldest_tile, carry, older, block_oldest, *sums)),
+    )  # fmt: skip
+    key_tiles = ceil_div(p.keys, config.KEYS_NUM_WARPS * config.KEY_GROUP)
+    for unit in range(0, units, chunk_units):
+        units_here = min(chunk_units, units - unit)
+        for row in range(0, p.queries, chunk_rows):
+            last = row + chunk_rows >= p.queries
+            params = BACKWARD_PARAMS.pack(*fixed, unit, row, chunk_rows, key_groups, block_m, row == 0, last)
+            yield Launch("backward_queries", units_here * group * chunk_rows // block_m, params)
+            yield Launch("backward_keys", units_here * key_tiles * config.KEYS_SPLIT, params)
+
+
+def chunk_sizes(problem: Problem, row_bytes: int, block: int, workspace: int) -> tuple[int, int]:
+    """((batch, key head) pairs, query rows) per chunk such that row_bytes for each row of each pair fit `workspace` bytes.
+
+    At least one pair and one block of rows; all of a pair's rows wherever they fit, and then chunks of about the same size.
+    """
+    blocks = ceil_div(problem.queries, block)
+    units = problem.batch * problem.kv_heads
+    fitting = workspace // (row_bytes * blocks * block)
+    if fitting == 0:
+        return 1, max(1, workspace // (row_bytes * block)) * block
+    return ceil_div(units, ceil_div(units, fitting)), blocks * block
