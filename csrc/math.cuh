@@ -91,8 +91,8 @@ struct RestTanh {
 
 // ---- One thread's run of R keys of one row ----
 //
-// A Run absorbs the run's base-2 logits. If it is `simple()` on all lanes of a warp, as real logits are, the kernels go on with
-// Run::Path<true>, else with Path<false>, which take the same steps:
+// A Run absorbs the run's base-2 logits. If all 4 runs of a row are `simple()`, as those of real logits are, the kernels go on
+// with Run::Path<true>, else with Path<false>, which take the same steps, `total` first:
 //
 //     total      of the run, to be combined over runs from IDENTITY on
 //     enter      carry on entry of keys, and the total of newer ones -> carry on entry of those behind them

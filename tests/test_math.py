@@ -14,7 +14,6 @@ from sbkernels.bench import softplus  # noqa: E402
 
 U, TINY, LN_2 = 2.0**-24, 2.0**-126, np.log(2)
 STICKS = (1.0, 0.5, 2.0**-20, 2.0**-61)
-FORMULATIONS = ("linear", "log")
 ROWS = 2000
 GROUPS = {name: group for name, _, group in math.variants()}
 CUTS = {"1 - beta rcp": math.MAX_LOGIT2, "1 - beta rcp of 2": math.MAX_LOGIT2, "1 - beta rcp of 4": math.UNCUT}
@@ -104,25 +103,52 @@ def test_errors(variant):
 # ---- Runs ----
 
 
-def logits(R):
-    """{regime: base-2 logits [ROWS, R]}."""
+RUNS = (4, 8, 16, 32)
+# Path<true> and Path<false> of LinearRun; LogRun's two are one.
+PATHS = (("linear", True), ("linear", False), ("log", False))
+of_paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path[0]}-{'simple' if path[1] else 'exact'}")
+
+
+def logits(R, rows=ROWS):
+    """{regime: base-2 logits [rows, R]}."""
     rng = np.random.default_rng(R)
+    shape = (rows, R)
     made = {
-        "normal": rng.normal(0, 1, (ROWS, R)),
-        "stick survives": rng.normal(-8, 1.5, (ROWS, R)),
-        "large": rng.normal(0, 30, (ROWS, R)),
-        "saturated": rng.choice([-150.0, 0.0, 150.0], (ROWS, R)),
-        "all saturated": np.full((ROWS, R), 150.0),
-        "around the cut": rng.uniform(60, 66, (ROWS, R)),
-        "around a flush": rng.uniform(-130, -120, (ROWS, R)),
-        "enormous": rng.choice([-1e30, -1e5, 0.0, 1e5, 1e30], (ROWS, R)),
-        "infinite": rng.choice([-np.inf, 0.0, np.inf], (ROWS, R)),
+        "normal": rng.normal(0, 1, shape),
+        "stick survives": rng.normal(-8, 1.5, shape),
+        "small shares": rng.uniform(-34, -24, shape),
+        "around SIMPLE_LIMIT": rng.choice([30.0, -30.0], shape, p=(1 / R, 1 - 1 / R)) + rng.normal(0, 0.01, shape),
+        "large": rng.normal(0, 30, shape),
+        "saturated": rng.choice([-150.0, 0.0, 150.0], shape),
+        "all saturated": np.full(shape, 150.0),
+        "around the cut": rng.uniform(60, 66, shape),
+        "around a flush": rng.uniform(-130, -120, shape),
+        "enormous": rng.choice([-1e30, -1e5, 0.0, 1e5, 1e30], shape),
+        "infinite": rng.choice([-np.inf, 0.0, np.inf], shape),
     }
     return {name: s.astype(np.float32) for name, s in made.items()}
 
 
+def all_exponents():
+    """{regime: base-2 logits [n, 4]} of both signs, all exponents, a dense grid: alone, with an ordinary key, with neighbours."""
+    s = softplus.samples()[::7]
+    s = s[~np.isnan(s)]
+    s = s[: len(s) // 4 * 4]
+    places, rows = np.arange(len(s)) % 4, np.arange(len(s))
+    alone = np.full((len(s), 4), math.INVISIBLE, dtype=np.float32)
+    alone[rows, places] = s
+    beside = alone.copy()
+    beside[rows, 3 - places] = -1.0
+    return {"alone": alone, "beside": beside, "neighbours": s.reshape(-1, 4)}
+
+
 def cases():
-    return [pytest.param(s, id=f"{name}-{R}") for R in (8, 16) for name, s in logits(R).items()]
+    regimes = [(name, R) for R in RUNS for name in logits(R, 1)] + [(name, None) for name in ("alone", "beside", "neighbours")]
+    return [pytest.param(name, R, id=f"{name}-{R or 'all exponents'}") for name, R in regimes]
+
+
+def case(name, R):
+    return logits(R)[name] if R else all_exponents()[name]
 
 
 def carries(formulation, rows):
@@ -135,36 +161,61 @@ def sticks_of(formulation, carry):
     return wide(carry) if formulation == "linear" else np.exp2(-wide(carry))
 
 
-def expected(s, sticks):
-    """Eq. (3), 1 - beta and what is left, in float64 and log space, of logits cut at MAX_LOGIT2."""
+def run(path, s, carry, a=None, older=None):
+    """math.run; without a and older, the gradient is 1 - beta."""
+    a = np.ones_like(s) if a is None else a
+    older = np.zeros_like(s) if older is None else older
+    return math.run(*path, s, carry, a, older)
+
+
+def run_where_taken(path, s, sticks, carry, *more):
+    """(s, sticks, answers) of the rows that the kernels would take this path with: Path<true> where simple()."""
+    got = run(path, s, carry, *more)
+    if not path[1]:
+        return s, sticks, got
+    return s[got["simple"]], sticks[got["simple"]], {name: x[got["simple"]] for name, x in got.items()}
+
+
+def excess_of(s):
+    """Product of u, less 1, with all digits."""
+    with np.errstate(over="ignore"):
+        return np.expm1(LN_2 * softplus2(s).sum(1))
+
+
+def expected(path, s, sticks):
+    """Weights of eq. (3), what is left, and the total; in float64 and log space, of logits cut at MAX_LOGIT2."""
     s = np.minimum(wide(s), math.MAX_LOGIT2)
     spent = np.cumsum(softplus2(s)[:, ::-1], 1)[:, ::-1]  # from this key to the newest
-    return sticks[:, None] * np.exp2(s - spent), one_minus_beta(s), sticks * np.exp2(-spent[:, 0])
+    total = {("linear", True): excess_of(s), ("linear", False): np.exp2(-spent[:, 0])}.get(path, spent[:, 0])
+    return sticks[:, None] * np.exp2(s - spent), sticks * np.exp2(-spent[:, 0]), total
 
 
-def bounds(formulation, s, sticks):
+def bounds(path, s, sticks):
     """Largest absolute errors of what `expected` returns."""
-    weights, rests, left = expected(s, sticks)
+    weights, left, total = expected(path, s, sticks)
     s = np.minimum(wide(s), math.MAX_LOGIT2)
     R = s.shape[1]
-    if formulation == "linear":
-        # A pair: two ex2 2 U each, u, their product, the reciprocal and the running product U each: 8 U, 4 U a key. A weight has
-        # the stick, its factor 1 + 2^s (3 U), its own 2^s (2 U) and two products besides. Pairs' products may be subnormal
-        # numbers, each rounding of which is 2^-150 at most; so may their product with the stick.
-        e = np.exp2(s)
-        subnormal = (R / 2 + 1) * 2.0**-150
-        factor = np.where(np.arange(R) % 2 == 1, 1 + np.roll(e, 1, 1), 1.0) * e
-        of_weights = (4 * R + 8) * U * weights + subnormal * factor + TINY
-        # 1 / pair 7 U, the other's factor 3 U.
-        return of_weights, 10 * U * rests + TINY, (4 * R + 1) * U * left + subnormal
-    # Exponents: softplus2 4 U each, R sums of at most what is spent, the difference, and the one with the carry; ex2 2 U.
+    if path == ("linear", True):
+        # Excess: ex2 2 U and two sums a key; a flushed key takes TINY times the other u. Left: 1 + excess, the reciprocal and the
+        # product besides. Weights: oldest key first, 2^s 2 U, the product and the sum a key. A subnormal stick is right to 2^-150,
+        # as is each weight in it, which all grow with the keys.
+        u = 1 + excess_of(s)
+        subnormal = ((R + 1) * 2.0**-150 * u)[:, None]
+        return (8 * R + 6) * U * weights + subnormal + TINY, (4 * R + 3) * U * left + 2.0**-150, 4 * R * U * total + R * TINY * u
+    if path == ("linear", False):
+        # A key: ex2 2 U, u U, the reciprocal and the product U each. A subnormal product, or stick, is right to 2^-150. Weights:
+        # the stick, 2^s 2 U and its product.
+        subnormal = (R + 1) * 2.0**-150
+        of_weights = (5 * R + 4) * U * weights + subnormal * np.exp2(s) + TINY
+        return of_weights, (5 * R + 1) * U * left + subnormal, 5 * R * U * total + subnormal
+    # Exponents: softplus2 4 U each, R sums on top of the carry, and the difference; ex2 2 U.
     spent = np.cumsum(softplus2(s)[:, ::-1], 1)[:, ::-1]
     carry = -np.log2(sticks)[:, None]
-    exponent = ((4 + R) * spent + np.maximum(np.abs(s), spent) + np.abs(s) + spent + carry) * U
+    exponent = (4 * spent + R * (spent + carry) + np.abs(s - spent - carry)) * U
     of_weights = (np.expm1(LN_2 * np.minimum(exponent, 100)) + 2 * U) * weights + TINY
-    # The exponent of what is left: R softplus2, R sums, and the one with the carry.
-    of_left = (((4 + R) * spent[:, :1] + spent[:, :1] + carry) * U * LN_2 + 2 * U)[:, 0] * left + TINY
-    return of_weights, (LN_2 * 4 * softplus2(s) + 2) * U * rests + TINY, of_left
+    of_total = (4 + R) * U * spent[:, 0] + R * TINY / LN_2
+    of_left = (np.expm1(LN_2 * (of_total + (spent + carry)[:, 0] * U)) + 2 * U) * left + TINY
+    return of_weights, of_left, of_total
 
 
 def check(what, got, truth, bound):
@@ -172,145 +223,255 @@ def check(what, got, truth, bound):
     assert not over.any(), f"{what} {got[over][:5]} at {np.argwhere(over)[:5].tolist()}: expected {truth[over][:5]}"
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("s", cases())
-def test_run(formulation, s):
-    """Weights, 1 - beta and totals; mass; what is passed on, and undone."""
-    sticks, carry = carries(formulation, len(s))
-    weights, rests, totals, exits, entries = math.run(formulation, s, carry)
-    true_weights, true_rests, left = expected(s, sticks)
-    of_weights, of_rests, of_left = bounds(formulation, s, sticks)
-    check("weight", weights, true_weights, of_weights)
-    check("1 - beta", rests, true_rests, of_rests)
-    got_left = sticks * sticks_of(formulation, totals)
-    check("left", got_left, left, of_left)
-    check("mass", wide(weights).sum(1) + got_left, sticks, of_weights.sum(1) + of_left)
-    # Cutting moves less than 2^-62 of a stick.
-    beyond = (s > math.MAX_LOGIT2) & ~np.isinf(s)
-    check("1 - beta beyond the cut", rests[beyond], one_minus_beta(s[beyond]), 2.0**-62)
+@of_paths
+@pytest.mark.parametrize(("name", "R"), cases())
+def test_run(path, name, R):
+    """Weights and totals; mass; what is passed on, and undone."""
+    s = case(name, R)
+    s, sticks, got = run_where_taken(path, s, *carries(path[0], len(s)))
+    weights, left, total = expected(path, s, sticks)
+    of_weights, of_left, of_total = bounds(path, s, sticks)
+    check("weight", got["weights"], weights, of_weights)
+    check("total", got["total"], total, of_total)
+    entered = sticks_of(path[0], got["enter"])
+    check("enter", entered, left, of_left)
+    # All of the weights' errors, at worst; and what cutting leaves.
+    check("mass", wide(got["weights"]).sum(1) + entered, sticks, of_weights.sum(1) + of_left + 2.0**-62 * sticks)
 
-    exit_sticks = sticks_of(formulation, exits)
-    alive, gone = (left - of_left) > math.MIN_STICK, (left + of_left) < math.MIN_STICK
-    check("exit", exit_sticks[alive], left[alive], of_left[alive] + 2 * U * left[alive])
-    assert (exit_sticks[gone] == 0).all()
-    # Undone, the exit's errors (linear: product, reciprocal, product; log: two sums of at most 124) stay.
-    undone = sticks_of(formulation, entries[alive])
-    check("entry", undone, sticks[alive], (4 if formulation == "linear" else 2 * 124 * LN_2) * U * sticks[alive])
-
-
-@pytest.mark.parametrize("s", cases())
-def test_formulations_agree(s):
-    results, of_weights, of_rests = [], 0, 0
-    for formulation in FORMULATIONS:
-        sticks, carry = carries(formulation, len(s))
-        results.append(math.run(formulation, s, carry))
-        weight, rest, _ = bounds(formulation, s, sticks)
-        of_weights, of_rests = of_weights + weight, of_rests + rest
-    check("weight", wide(results[0][0]), results[1][0], of_weights)
-    check("1 - beta", wide(results[0][1]), results[1][1], of_rests)
+    exits = sticks_of(path[0], got["advance"])
+    alive, gone = left - of_left > math.MIN_STICK, left + of_left < math.MIN_STICK
+    if path == ("linear", True):
+        # Of a small share, all digits and one rounding.
+        of_advance = np.where(total < 0.9, (4 * s.shape[1] + 3) * U * (sticks - left) + U * left + s.shape[1] * TINY, of_left)
+    else:
+        of_advance = of_left
+    check("advance", exits[alive], left[alive], of_advance[alive])
+    assert (got["advance"][gone] == math.constants(*path)["NONE"]).all()
+    assert got["alive"][alive].all() and not got["alive"][gone].any() and (got["stick"][gone] == 0).all()
+    check("stick", got["stick"], exits, 2 * U * exits + TINY)
+    # Simple: 1 + total, the reciprocal, two products and a sum; exact: two products, the reciprocal; log: the sum, the difference.
+    of_undo = {("linear", True): 5 * U, ("linear", False): 3 * U}.get(path, 2 * 64 * LN_2 * U)
+    check("undo", sticks_of(path[0], got["undo"])[alive], sticks[alive], of_undo * sticks[alive])
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("s", cases())
-def test_gradient(formulation, s):
+@pytest.mark.parametrize("name", logits(4, 1))
+@pytest.mark.parametrize("R", RUNS)
+def test_simple_where_below_its_limit(name, R):
+    s = logits(R)[name]
+    simple, excess, of_excess = run(PATHS[0], s, np.ones(len(s), np.float32))["simple"], excess_of(s), 4 * R * U
+    assert simple[excess * (1 + of_excess) < math.SIMPLE_LIMIT].all()
+    assert not simple[~(excess < math.SIMPLE_LIMIT * (1 + of_excess))].any()
+    if name == "around SIMPLE_LIMIT":
+        assert 0.2 < simple.mean() < 0.8
+    assert run(("log", False), s, np.zeros(len(s), np.float32))["simple"].all()
+
+
+def test_four_runs_below_the_limit():
+    """Of the runs of a row, just simple all of them, product and reciprocal are numbers."""
+    assert math.SIMPLE_LIMIT == 2.0**30
+    total = np.array([np.nextafter(np.float32(2.0**30), np.float32(0))])
+    pair = math.step("linear", True, "combine", total, total)
+    four = math.step("linear", True, "combine", pair, pair)
+    whole = np.ones(1, np.float32)
+    check("combine", four, wide((wide(total) + 1) ** 4 - 1), 8 * U * four)
+    check("enter", math.step("linear", True, "enter", whole, four), 1 / (1 + wide(total)) ** 4, 11 * U * 2.0**-120)
+    assert math.step("linear", True, "advance", whole, four) == 0
+
+
+@of_paths
+def test_combine(path):
+    """Totals of halves give the whole's; IDENTITY's changes nothing."""
+    whole, half = logits(16), {name: (s[:, :8].copy(), s[:, 8:].copy()) for name, s in logits(16).items()}
+    for name, s in whole.items():
+        sticks, carry = carries(path[0], len(s))
+        taken = run(path, s, carry)["simple"] | (not path[1])
+        totals = [run(path, part, carry)["total"] for part in half[name]]
+        both = math.step(*path, "combine", *totals)
+        _, _, total = expected(path, s, sticks)
+        of_total = bounds(path, s, sticks)[2] + 2 * U * total
+        check("combine", both[taken], total[taken], of_total[taken])
+        same = math.step(*path, "combine", totals[0], np.full_like(carry, math.constants(*path)["IDENTITY"]))
+        np.testing.assert_array_equal(same[taken], totals[0][taken])
+        np.testing.assert_array_equal(
+            math.step(*path, "advance", carry, np.full_like(carry, math.constants(*path)["IDENTITY"])), carry
+        )
+
+
+@pytest.mark.parametrize("R", RUNS)
+def test_small_shares_keep_their_digits(R):
+    """Keys of which 1 + 2^s is 1: a run's total, and the stick that 2^27 of them take an eighth of."""
+    s = np.full((1, R), -30, dtype=np.float32)
+    total = run(PATHS[0], s, np.ones(1, np.float32))["total"]
+    check("total", total, excess_of(s), 2.0**-20 * excess_of(s))
+    keys = R
+    while keys < 2**27:
+        total, keys = math.step("linear", True, "combine", total, total), 2 * keys
+    taken = -np.expm1(-keys * np.log1p(2.0**-30))
+    left = math.step("linear", True, "advance", np.ones(1, np.float32), total)
+    check("taken", 1 - wide(left), np.array([taken]), 2.0**-20 * taken)
+    check("undo", math.step("linear", True, "undo", left, total), np.ones(1), 5 * U)
+
+
+@pytest.mark.parametrize("simple", (True, False))
+@pytest.mark.parametrize(("name", "R"), cases())
+def test_formulations_agree(name, R, simple):
+    s, linear = case(name, R), ("linear", simple)
+    taken = run(linear, s, carries("linear", len(s))[1])["simple"] | (not simple)
+    weights, rests, lefts, of_weights, of_left = [], [], [], 0, 0
+    for path in (linear, ("log", simple)):
+        sticks, carry = carries(path[0], len(s))
+        got = run(path, s, carry)
+        weights.append(wide(got["weights"])[taken])
+        rests.append(wide(got["gradient"])[taken])
+        lefts.append(sticks_of(path[0], got["enter"])[taken])
+        bound = bounds(path, s[taken], sticks[taken])
+        of_weights, of_left = of_weights + bound[0], of_left + bound[1]
+    check("weight", *weights, of_weights)
+    check("left", *lefts, of_left)
+    cut = np.minimum(wide(s[taken]), math.MAX_LOGIT2)
+    check("1 - beta", *rests, (12 + LN_2 * 4 * softplus2(cut)) * U * one_minus_beta(cut) + TINY)
+
+
+@of_paths
+@pytest.mark.parametrize(("name", "R"), cases())
+def test_gradient(path, name, R):
     """Eq. (9)."""
     rng = np.random.default_rng(1)
+    s = case(name, R)
     a, older = (rng.normal(size=s.shape).astype(np.float32) for _ in range(2))
-    got = math.gradient(formulation, s, a, older)
+    got = run(path, s, carries(path[0], len(s))[1], a, older)
     cut = np.minimum(wide(s), math.MAX_LOGIT2)
     rest, beta = one_minus_beta(cut), one_minus_beta(-cut)
-    # Linear: 2^s 2 U, 1 - beta 10 U, the sum and the product. Log: both factors' exponents, ex2 2 U, the product and the sum.
-    of_rest, of_beta = 14 * U, 14 * U
-    if formulation == "log":
+    # Linear: 2^s 2 U, the sum, u and its 2^s 3 U, the reciprocal and the product. Log: both factors' exponents, ex2 2 U, the
+    # product and the sum.
+    of_rest = of_beta = 8 * U
+    if path[0] == "log":
         cut = np.maximum(cut, -200)  # beta 0
         of_rest = (LN_2 * 4 * softplus2(cut) + 4) * U
         of_beta = (LN_2 * (4 * softplus2(cut) + softplus2(-cut)) + 4) * U
     bound = of_rest * np.abs(a) * rest + of_beta * np.abs(older) * beta + TINY * (np.abs(a) + np.abs(older))
-    check("gradient", got, a * rest - beta * older, bound)
+    taken = got["simple"] | (not path[1])
+    check("gradient", got["gradient"][taken], (a * rest - beta * older)[taken], bound[taken])
+    # Cutting moves 1 - beta by less than 2^-62.
+    beyond = (s > math.MAX_LOGIT2) & taken[:, None]
+    check("cut", (a * rest - beta * older)[beyond], -wide(older)[beyond], 2.0**-62 * (np.abs(a) + np.abs(older))[beyond])
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-def test_nan(formulation):
-    """A NaN reaches its own and all older keys' weights, the total and the exit; newer pairs of keys stay as they are."""
-    s = logits(16)["normal"][:16].copy()
-    _, carry = carries(formulation, len(s))
-    before = math.run(formulation, s, carry)
-    own = np.eye(16, dtype=bool)
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("R", RUNS)
+def test_nan(path, R):
+    """Never simple. It reaches its own and all older keys' weights, the total and the carries; newer keys stay as they are."""
+    s = logits(R)["normal"][:R].copy()
+    _, carry = carries(path[0], len(s))
+    before = run(path, s, carry)
+    own = np.eye(R, dtype=bool)
     s[own] = np.nan
-    weights, rests, totals, exits, _ = math.run(formulation, s, carry)
-    older = np.tril(np.ones((16, 16), dtype=bool))
-    newer_pairs = np.arange(16)[None, :] // 2 > np.arange(16)[:, None] // 2
-    assert np.isnan(weights[older]).all() and np.isnan(rests[own]).all() and np.isnan(totals).all() and np.isnan(exits).all()
-    assert (weights[newer_pairs] == before[0][newer_pairs]).all()
-    assert np.isnan(math.run(formulation, np.zeros((1, 8), np.float32), np.array([np.nan], np.float32))[0]).all()
+    got = run(path, s, carry)
+    older = np.tril(np.ones((R, R), dtype=bool))
+    assert np.isnan(got["weights"][older]).all() and np.isnan(got["gradient"][own]).all()
+    for name in ("total", "enter", "advance", "undo", "stick"):
+        assert np.isnan(got[name]).all(), name
+    np.testing.assert_array_equal(got["weights"][~older], before["weights"][~older])
+    np.testing.assert_array_equal(got["gradient"][~own], before["gradient"][~own])
+    assert not run(PATHS[0], s, carry)["simple"].any()
+    # Among saturated keys and beside infinite ones, too.
+    for other in (150.0, np.inf, -np.inf):
+        s[~own] = other
+        got = run(path, s, carry)
+        assert np.isnan(got["weights"][own]).all() and np.isnan(got["total"]).all()
+        assert not run(PATHS[0], s, carry)["simple"].any()
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("regime", logits(8))
-def test_invisible_keys(formulation, regime):
-    """They take nothing and, pair by pair, change no bit; in log space anywhere."""
-    s = logits(8)[regime]
-    _, carry = carries(formulation, len(s))
-    few = math.run(formulation, s, carry)
+@of_paths
+def test_nan_carry(path):
+    got = run(path, np.zeros((1, 8), np.float32), np.array([np.nan], np.float32))
+    for name in ("weights", "enter", "advance", "undo", "stick"):
+        assert np.isnan(got[name]).all(), name
+
+
+@of_paths
+@pytest.mark.parametrize("name", logits(8, 1))
+@pytest.mark.parametrize("R", RUNS[:3])
+def test_invisible_keys(path, name, R):
+    """They take nothing and, wherever they are, change no bit."""
+    s = logits(R)[name]
+    _, carry = carries(path[0], len(s))
+    few = run(path, s, carry)
     rng = np.random.default_rng(2)
-    by_pairs = np.stack([2 * np.sort(rng.permutation(8)[:4]) for _ in s])
-    anywhere = np.stack([np.sort(rng.permutation(16)[:8]) for _ in s])
-    for places in [np.stack([by_pairs, by_pairs + 1], 2).reshape(-1, 8)] + [anywhere] * (formulation == "log"):
-        many = np.full((len(s), 16), math.INVISIBLE, dtype=np.float32)
-        np.put_along_axis(many, places, s, 1)
-        hidden = np.ones(many.shape, dtype=bool)
-        np.put_along_axis(hidden, places, False, 1)
-        weights, rests, *others = math.run(formulation, many, carry)
-        assert (weights[hidden] == 0).all() and (rests[hidden] == 1).all()
-        for got, wanted in zip((weights[~hidden].reshape(s.shape), rests[~hidden].reshape(s.shape), *others), few, strict=True):
-            np.testing.assert_array_equal(got, wanted)
-        gradients = math.gradient(formulation, many, np.zeros_like(many), np.ones_like(many))
-        assert (gradients[hidden] == 0).all()
-    # Beside a visible key of its pair: as if it were not there.
-    mixed = np.insert(s, range(8), np.float32(math.INVISIBLE), axis=1)
-    sticks, _ = carries(formulation, len(s))
-    weights, *_ = math.run(formulation, mixed, carry)
-    bound = bounds(formulation, mixed, sticks)[0]
-    check("weight", weights[:, 1::2], expected(s, sticks)[0], bound[:, 1::2])
+    places = np.stack([np.sort(rng.permutation(2 * R)[:R]) for _ in s])
+    many = np.full((len(s), 2 * R), math.INVISIBLE, dtype=np.float32)
+    np.put_along_axis(many, places, s, 1)
+    hidden = np.ones(many.shape, dtype=bool)
+    np.put_along_axis(hidden, places, False, 1)
+    got = run(path, many, carry)
+    np.testing.assert_array_equal(got["simple"], few["simple"])
+    taken = few["simple"] | (not path[1])
+    for key, wanted in few.items():
+        found = got[key] if wanted.ndim == 1 else got[key][~hidden].reshape(s.shape)
+        np.testing.assert_array_equal(found[taken], wanted[taken], key)
+    hidden &= taken[:, None]
+    assert (got["weights"][hidden] == 0).all() and (got["gradient"][hidden] == 1).all()
+    assert (run(path, many, carry, np.zeros_like(many), np.ones_like(many))["gradient"][hidden] == 0).all()
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("R", (8, 16))
-def test_one_key_uses_the_stick_up(formulation, R):
+@of_paths
+@pytest.mark.parametrize("name", logits(8, 1))
+def test_used_up_stick(path, name):
+    """Nothing comes of it, and it stays used up."""
+    s, none = logits(8)[name], math.constants(*path)["NONE"]
+    s, _, got = run_where_taken(path, s, np.zeros(len(s)), np.full(len(s), none, dtype=np.float32))
+    assert (got["weights"] == 0).all() and (got["advance"] == none).all() and not got["alive"].any() and (got["stick"] == 0).all()
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("R", RUNS)
+def test_one_key_uses_the_stick_up(path, R):
     """A whole stick survives one key up to a base-2 logit of 62 = -log2(MIN_STICK), none beyond it, wherever the key is."""
     assert math.MIN_STICK == 2.0**-62 and math.MAX_LOGIT2 > 62
     above = np.nextafter(np.float32(62), np.float32(63))
-    for logit, left in ((np.float32(61), 2.0**-61), (np.float32(62), 2.0**-62), (above, 0.0), (np.float32(150), 0.0)):
+    for logit, left in ((61, 2.0**-61), (62, 2.0**-62), (above, 0.0), (63, 0.0), (127, 0.0), (128, 0.0), (150, 0.0), (np.inf, 0.0)):
         s = np.full((R, R), math.INVISIBLE, dtype=np.float32)
         s[np.eye(R, dtype=bool)] = logit
-        carry = np.full(R, 1.0 if formulation == "linear" else 0.0, dtype=np.float32)
-        weights, _, _, exits, _ = math.run(formulation, s, carry)
-        assert (sticks_of(formulation, exits) == left).all() and (weights[np.eye(R, dtype=bool)] == 1).all()
+        got = run(path, s, np.full(R, math.constants(*path)["WHOLE"], dtype=np.float32))
+        assert (sticks_of(path[0], got["advance"]) == left).all() and (got["weights"][np.eye(R, dtype=bool)] == 1).all()
+        assert not run(PATHS[0], s, np.ones(R, np.float32))["simple"].any()
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-def test_saturated_key_hides_older_ones(formulation):
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("saturated", (150 / LN_2, np.inf))
+def test_saturated_key_hides_older_ones(path, saturated):
     """z = 150: newer keys keep their weights, this one takes all that is left, older ones at most 2^-62 of it."""
     s = logits(16)["normal"]
-    s[:, 7] = 150 / LN_2
-    sticks, carry = carries(formulation, len(s))
-    weights, _, _, exits, _ = math.run(formulation, s, carry)
-    taken = wide(weights[:, 8:]).sum(1)
-    check("weight", weights[:, 7], sticks - taken, bounds(formulation, s, sticks)[0][:, 7:].sum(1))
-    assert (weights[:, :7] <= 2.0**-62 * sticks[:, None]).all() and (sticks_of(formulation, exits) == 0).all()
+    s[:, 7] = saturated
+    sticks, carry = carries(path[0], len(s))
+    got = run(path, s, carry)
+    taken = wide(got["weights"][:, 8:]).sum(1)
+    check("weight", got["weights"][:, 7], sticks - taken, bounds(path, s, sticks)[0][:, 7:].sum(1))
+    assert (got["weights"][:, :7] <= 2.0**-62 * sticks[:, None]).all() and (sticks_of(path[0], got["advance"]) == 0).all()
+
+
+def test_paths_of_the_log_run_are_one():
+    for s in logits(16).values():
+        _, carry = carries("log", len(s))
+        for one, other in zip(run(("log", True), s, carry).values(), run(("log", False), s, carry).values(), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def zeros(*shapes):
+    return [np.zeros(shape, np.float32) for shape in shapes]
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: math.evaluate("cosh", np.zeros(4, np.float32)), "expected one of 'softplus2 library'"),
-        (lambda: math.evaluate("1 - beta rcp of 4", np.zeros(6, np.float32)), r"s has shape \(6,\): expected \(4,\)"),
-        (lambda: math.run("cubic", np.zeros((2, 8), np.float32), np.zeros(2, np.float32)), "expected 'linear' or 'log'"),
-        (lambda: math.run("log", np.zeros((2, 9), np.float32), np.zeros(2, np.float32)), r"expected shape \[n, 8\] or \[n, 16\]"),
-        (
-            lambda: math.run("log", np.zeros((2, 8), np.float32), np.zeros(3, np.float32)),
-            r"carry has shape \(3,\): expected \(2,\)",
-        ),
+        (lambda: math.evaluate("cosh", *zeros(4)), "expected one of 'softplus2 library'"),
+        (lambda: math.evaluate("1 - beta rcp of 4", *zeros(6)), r"s has shape \(6,\): expected \(4,\)"),
+        (lambda: math.run("cubic", True, *zeros((2, 8), 2, (2, 8), (2, 8))), "expected 'linear' or 'log'"),
+        (lambda: math.run("log", True, *zeros((2, 9), 2, (2, 9), (2, 9))), r"expected shape \[n, R\] with R one of 4, 8, 16, 32"),
+        (lambda: math.run("log", True, *zeros((2, 8), 3, (2, 8), (2, 8))), r"carry has shape \(3,\): expected \(2,\)"),
+        (lambda: math.run("log", True, *zeros((2, 8), 2, (2, 8), (2, 4))), r"older has shape \(2, 4\): expected \(2, 8\)"),
+        (lambda: math.step("log", True, "total", *zeros(2, 2)), "step 'total': expected 'combine', 'enter', 'advance' or 'undo'"),
+        (lambda: math.step("log", True, "enter", *zeros(2, 3)), r"y has shape \(3,\): expected \(2,\)"),
     ],
 )
 def test_refused(call, words):
