@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import numbers
 
 import torch
+from torch.autograd import forward_ad
 
 from . import dispatch, env
 from .backends.base import Call
-from .problem import DTYPE_NAMES, LAYOUTS, MAX_HEAD_DIM, describe
+from .problem import ALIGNMENT, DTYPE_NAMES, LAYOUTS, MAX_HEAD_DIM, Problem, describe
 
 DEFAULT_SKIP_BELOW = 2.0**-24
+PLANS_KEPT = 1024
 
 
 def stickbreaking_attention(
@@ -43,15 +46,20 @@ def stickbreaking_attention(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(map(repr, LAYOUTS))}")
-    _check_tensors(q, k, v, rank=4)
+    scale = _check_flags(scale, attend_current, skip_below)
+    key = _plan_key(q, k, v, layout, attend_current, skip_below, backend)
+    plan = _plans.get(key)
+    if plan is None:
+        _check_tensors(q, k, v, rank=4)
     if layout == "bnhd":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    _check_shapes(q, k, v, layout)
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} queries and k {k.shape[2]} keys: expected at most as many queries as keys")
-    scale = _check_flags(q, scale, attend_current, skip_below)
-    problem = describe(q, k, v, layout=layout, attend_current=attend_current, skip_below=skip_below)
-    out, remainder = _run(problem, backend, q, k, v, None, scale, skip_below)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if plan is None:
+        _check_shapes(q, k, v, layout)
+        if q.shape[2] > k.shape[2]:
+            raise ValueError(f"q has {q.shape[2]} queries and k {k.shape[2]} keys: expected at most as many queries as keys")
+        problem = describe(q, k, v, layout=layout, attend_current=attend_current, skip_below=skip_below)
+        plan = _make_plan(key, problem, backend, torch.is_grad_enabled() and _requires_grad(q, k, v))
+    out, remainder = _run(plan, q, k, v, None, scale, skip_below)
     return (out, remainder) if layout == "bhnd" else (out.transpose(1, 2), remainder.transpose(1, 2))
 
 
@@ -75,41 +83,100 @@ def stickbreaking_attention_varlen(
     Raises:
         As `stickbreaking_attention`.
     """
-    _check_tensors(q, k, v, rank=3)
+    scale = _check_flags(scale, attend_current, skip_below)
+    key = None
+    if isinstance(cu_seqlens, torch.Tensor) and isinstance(max_seqlen, int):
+        key = _plan_key(q, k, v, ("thd", cu_seqlens.shape, max_seqlen), attend_current, skip_below, backend)
+    plan = _plans.get(key)
+    if plan is None:
+        _check_tensors(q, k, v, rank=3)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    _check_shapes(q, k, v, "thd")
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"k has {k.shape[2]} tokens and q {q.shape[2]}: expected as many")
-    scale = _check_flags(q, scale, attend_current, skip_below)
+    if plan is None:
+        _check_shapes(q, k, v, "thd")
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"k has {k.shape[2]} tokens and q {q.shape[2]}: expected as many")
     _check_cu_seqlens(cu_seqlens, max_seqlen, q, env.check_seqlens() if check_seqlens is None else check_seqlens)
-    problem = describe(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, attend_current=attend_current, skip_below=skip_below)
-    out, remainder = _run(problem, backend, q, k, v, cu_seqlens, scale, skip_below)
+    if plan is None:
+        flags = {"attend_current": attend_current, "skip_below": skip_below}
+        problem = describe(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **flags)
+        plan = _make_plan(key, problem, backend, torch.is_grad_enabled() and _requires_grad(q, k, v))
+    out, remainder = _run(plan, q, k, v, cu_seqlens, scale, skip_below)
     return out[0].transpose(0, 1), remainder[0].transpose(0, 1)
 
 
-def _run(problem, backend, q, k, v, cu_seqlens, scale, skip_below):
-    forward = dispatch.choose(problem, backend)
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    backward = dispatch.choose(problem.reversed(), backend) if differentiable else None
-    if backward is not None:
+# ---- Plans: what the checks and dispatch make of a kind of call, kept under all that they look at ----
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """A checked problem and what runs it; `backward` and `reversed` are None where no gradient is wanted."""
+
+    problem: Problem
+    scale: float  # the default
+    empty: bool
+    forward: dispatch.Choice
+    backward: dispatch.Choice | None
+    reversed: Problem | None
+
+
+_plans: dict[tuple, _Plan] = {}
+
+
+def _plan_key(q, k, v, layout, attend_current, skip_below, backend) -> tuple:
+    tensors = _traits(q), _traits(k), _traits(v)
+    return tensors, layout, attend_current, skip_below > 0, torch.is_grad_enabled(), dispatch.circumstances(backend)
+
+
+def _traits(x) -> tuple | None:
+    """All that checks, Problem and autograd look at of a tensor; None for anything else, of which no plan is ever made."""
+    if not isinstance(x, torch.Tensor):
+        return None
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT == 0, x.requires_grad
+
+
+def _requires_grad(q, k, v) -> bool:
+    return q.requires_grad or k.requires_grad or v.requires_grad
+
+
+def _make_plan(key: tuple, problem: Problem, backend, differentiable: bool) -> _Plan:
+    """The plan of a checked problem, kept from now on."""
+    forward, backward, reversed_problem = dispatch.choose(problem, backend), None, None
+    if differentiable:
+        reversed_problem = problem.reversed()
+        backward = dispatch.choose(reversed_problem, backend)
         reason = backward.backend.mismatch(forward.config, backward.config)
         if reason is not None:
             raise ValueError(f"backend {backward.backend.name!r}: {reason}")
-    call = Call(problem, q.detach(), k.detach(), v.detach(), scale, skip_below, cu_seqlens)
-    return _StickBreaking.apply(q, k, v, call, forward, backward)
+    plan = _Plan(problem, problem.head_dim**-0.5, problem.empty, forward, backward, reversed_problem)
+    if len(_plans) >= PLANS_KEPT:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def _run(plan: _Plan, q, k, v, cu_seqlens, scale, skip_below):
+    inputs = (q.detach(), k.detach(), v.detach()) if _requires_grad(q, k, v) else (q, k, v)
+    call = Call(plan.problem, *inputs, plan.scale if scale is None else scale, skip_below, cu_seqlens)
+    # Forward-mode derivatives are refused by autograd.Function, in its words.
+    if plan.backward is None and forward_ad._current_level < 0:
+        return _forward(plan, call)[:2]
+    return _StickBreaking.apply(q, k, v, call, plan)
+
+
+def _forward(plan: _Plan, call: Call):
+    """out, remainder and what backward wants saved."""
+    if plan.empty:
+        return call.empty_out().zero_(), call.empty_statistic(statistic_dtype(call.q)).fill_(1.0), ()
+    return plan.forward.backend.forward(call, plan.forward.config)
 
 
 class _StickBreaking(torch.autograd.Function):
     """Canonical tensors in, out and remainder out; the backends do the work."""
 
     @staticmethod
-    def forward(ctx, q, k, v, call, forward, backward):
-        if call.q.shape[:3].numel() == 0 or call.problem.batch == 0:
-            out, remainder, saved = call.empty_out().zero_(), call.empty_statistic(statistic_dtype(q)).fill_(1.0), ()
-        else:
-            out, remainder, saved = forward.backend.forward(call, forward.config)
-        ctx.backward_choice = backward
-        ctx.call_rest = (call.problem, call.scale, call.skip_below)
+    def forward(ctx, q, k, v, call, plan):
+        out, remainder, saved = _forward(plan, call)
+        ctx.plan, ctx.scale, ctx.skip_below = plan, call.scale, call.skip_below
         ctx.save_for_backward(q, k, v, call.cu_seqlens, remainder, *saved)
         return out, remainder
 
@@ -117,14 +184,14 @@ class _StickBreaking(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dremainder):
         q, k, v, cu_seqlens, remainder, *saved = ctx.saved_tensors
-        problem, scale, skip_below = ctx.call_rest
-        call = Call(problem.reversed(), q.detach(), k.detach(), v.detach(), scale, skip_below, cu_seqlens)
-        if q.shape[:3].numel() == 0 or problem.batch == 0:
+        plan = ctx.plan
+        call = Call(plan.reversed, q.detach(), k.detach(), v.detach(), ctx.scale, ctx.skip_below, cu_seqlens)
+        if plan.empty:
             gradients = tuple(torch.zeros_like(x) for x in (q, k, v))
         else:
-            choice = ctx.backward_choice
+            choice = plan.backward
             gradients = choice.backend.backward(call, choice.config, remainder, tuple(saved), dout, dremainder)
-        return *gradients, None, None, None
+        return *gradients, None, None
 
 
 def statistic_dtype(q: torch.Tensor) -> torch.dtype:
@@ -169,20 +236,27 @@ def _check_shapes(q, k, v, layout: str) -> None:
         )
 
 
-def _check_flags(q, scale, attend_current, skip_below) -> float:
-    """The scale to use."""
+def _check_flags(scale, attend_current, skip_below) -> float | None:
+    """The scale as a float, None for the default."""
     if not isinstance(attend_current, bool):
         raise TypeError(f"attend_current={attend_current!r}: expected a bool")
-    if scale is not None and (not isinstance(scale, numbers.Real) or isinstance(scale, bool)):
-        raise TypeError(f"scale={scale!r}: expected a number or None")
-    if not isinstance(skip_below, numbers.Real) or isinstance(skip_below, bool):
+    if not _is_number(skip_below):
         raise TypeError(f"skip_below={skip_below!r}: expected a number")
     if not 0 <= skip_below < 1:
         raise ValueError(f"skip_below={skip_below}: expected 0 <= skip_below < 1")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        return None
+    if not _is_number(scale):
+        raise TypeError(f"scale={scale!r}: expected a number or None")
+    scale = float(scale)
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale={scale}: expected a finite number")
     return scale
+
+
+def _is_number(x) -> bool:
+    # A float is what comes, and an abstract class takes ten times as long to recognise it.
+    return type(x) is float or (isinstance(x, numbers.Real) and not isinstance(x, bool))
 
 
 def _check_cu_seqlens(cu_seqlens, max_seqlen, q, read_back) -> None:

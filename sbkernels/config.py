@@ -12,12 +12,22 @@ from collections.abc import Callable
 
 Lookup = Callable[[str, object], "tuple[dict, str] | None"]
 _lookup: Lookup | None = None
+_generation = 0
 
 
 def install_lookup(lookup: Lookup | None) -> None:
-    """Ask `lookup` before the analytic default from now on; None removes it."""
-    global _lookup
+    """Ask `lookup` before the analytic default from now on; None removes it.
+
+    Its answers are kept: one that has new answers has to be installed again.
+    """
+    global _lookup, _generation
     _lookup = lookup
+    _generation += 1
+
+
+def generation() -> int:
+    """A number that is new after each install_lookup."""
+    return _generation
 
 
 def resolve(backend, problem) -> tuple[object, str]:

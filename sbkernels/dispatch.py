@@ -13,8 +13,6 @@ from . import config as configs
 from . import env, registry
 from .problem import Problem
 
-_override: contextvars.ContextVar = contextvars.ContextVar("sbkernels_backend", default=(None, {}))
-
 
 class BackendError(RuntimeError):
     """No backend, or not the one asked for, can run a problem; the message lists every backend with its reason."""
@@ -30,6 +28,18 @@ class Choice:
     provenance: str
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Override:
+    """One use_backend() block; equal to no other."""
+
+    name: str
+    forward: object
+    backward: object
+
+
+_override: contextvars.ContextVar[Override | None] = contextvars.ContextVar("sbkernels_backend", default=None)
+
+
 @contextlib.contextmanager
 def use_backend(name: str, *, forward=None, backward=None):
     """Within the block, calls that name no backend use this one and, if given, these configs of it.
@@ -38,7 +48,7 @@ def use_backend(name: str, *, forward=None, backward=None):
     backend and config its forward chose for it.
     """
     check_name(name, "use_backend()")
-    token = _override.set((name, {"forward": forward, "backward": backward}))
+    token = _override.set(Override(name, forward, backward))
     try:
         yield
     finally:
@@ -73,11 +83,19 @@ def requested(backend: str | None) -> tuple[str | None, str]:
     """(backend asked for or None, who asked)."""
     if backend is not None:
         return backend, "argument backend="
-    if _override.get()[0] is not None:
-        return _override.get()[0], "use_backend()"
+    override = _override.get()
+    if override is not None:
+        return override.name, "use_backend()"
     if env.backend() is not None:
         return env.backend(), env.BACKEND
     return None, "automatic"
+
+
+def circumstances(backend: str | None) -> tuple:
+    """All that `choose` goes by besides the problem: while it is equal, so are the choices. ValueError for what is no name."""
+    if backend is not None and not isinstance(backend, str):
+        check_name(backend, "argument backend=")
+    return backend, _override.get(), env.raw(), configs.generation()
 
 
 def choose(problem: Problem, backend: str | None = None) -> Choice:
@@ -93,13 +111,13 @@ def choose(problem: Problem, backend: str | None = None) -> Choice:
         reason = reason or chosen.unsupported(problem)
         if reason is not None:
             raise BackendError(f"{asked_by} asks for backend {name!r}: {reason}\n{availability_text(problem)}")
-        override_name, override_configs = _override.get()
-        override = override_configs.get(problem.direction) if override_name == name else None
-        if override is not None:
-            reason = chosen.illegal(problem, override)
+        override = _override.get()
+        config = getattr(override, problem.direction) if override is not None and override.name == name else None
+        if config is not None:
+            reason = chosen.illegal(problem, config)
             if reason is not None:
-                raise ValueError(f"use_backend({name!r}, {problem.direction}={override}): {reason}")
-            return Choice(chosen, override, asked_by, "use_backend()")
+                raise ValueError(f"use_backend({name!r}, {problem.direction}={config}): {reason}")
+            return Choice(chosen, config, asked_by, "use_backend()")
         return Choice(chosen, *_config(chosen, problem, asked_by))
     for candidate in registry.names():
         chosen, reason = registry.try_load(candidate)

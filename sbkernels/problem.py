@@ -69,6 +69,11 @@ class Problem:
         """Logits of one head that causality leaves, counted as peers do: M * (N - M / 2)."""
         return self.queries * (self.keys - self.queries / 2)
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no query row."""
+        return self.batch == 0 or (self.tokens if self.varlen else self.queries) == 0
+
     def reversed(self) -> Problem:
         """The backward of this forward problem."""
         return dataclasses.replace(self, direction="backward")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sbkernels import reference, stickbreaking_attention, stickbreaking_attention_varlen
+from sbkernels import api, reference, stickbreaking_attention, stickbreaking_attention_varlen
 
 
 def tensors(B=1, H=2, Hk=2, M=8, N=8, D=16, Dv=16, dtype=torch.float64):
@@ -112,8 +112,52 @@ BAD = [
 
 @pytest.mark.parametrize(("call", "error", "words"), BAD, ids=[words for *_, words in BAD])
 def test_refused(call, error, words):
-    with pytest.raises(error, match=words):
-        call(*tensors())
+    """Also after good calls that differ in nothing else."""
+    for options in ({}, {"attend_current": True, "scale": 1, "skip_below": 0}):
+        stickbreaking_attention(*tensors(), **options)
+    for _ in range(2):
+        with pytest.raises(error, match=words):
+            call(*tensors())
+
+
+@pytest.mark.parametrize("flags", [{"attend_current": 0}, {"scale": True}, {"skip_below": False}], ids=str)
+def test_flags_of_another_type_are_refused(flags):
+    """Though equal to good ones."""
+    for options in ({"attend_current": False}, {"scale": 1.0}, {"skip_below": 0}):
+        stickbreaking_attention(*tensors(), **options)
+    with pytest.raises(TypeError, match=f"{next(iter(flags))}=.*: expected a"):
+        stickbreaking_attention(*tensors(), **flags)
+
+
+def test_scale_is_each_calls_own():
+    q, k, v = tensors()
+    expected = [reference.forward(q, k, v, scale=scale)[0] for scale in (0.25, 1.0)]
+    for scale, exact in ((None, expected[0]), (1.0, expected[1]), (1, expected[1]), (None, expected[0])):
+        torch.testing.assert_close(stickbreaking_attention(q, k, v, scale=scale, skip_below=0)[0], exact)
+
+
+def test_gradients_where_they_are_wanted(monkeypatch):
+    """Outputs hang on the inputs that require gradients, with gradients on, whatever was wanted before."""
+    monkeypatch.setattr(api, "_plans", {})
+    for wanted in ((), (0,), (1,), (2,), (0, 1, 2)) * 2:
+        inputs = [x.requires_grad_(i in wanted) for i, x in enumerate(tensors())]
+        for off in (torch.no_grad, torch.inference_mode):
+            with off():
+                assert not any(x.requires_grad for x in stickbreaking_attention(*inputs))
+        assert all(x.requires_grad == bool(wanted) for x in stickbreaking_attention(*inputs))
+        if wanted:
+            stickbreaking_attention(*inputs)[0].sum().backward()
+        assert all((x.grad is not None) == (i in wanted) for i, x in enumerate(inputs))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_forward_derivatives_are_refused():
+    from torch.autograd import forward_ad
+
+    q, k, v = tensors()
+    stickbreaking_attention(q, k, v)
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
+        stickbreaking_attention(forward_ad.make_dual(q, torch.ones_like(q)), k, v)
 
 
 BAD_LENGTHS = [
@@ -137,8 +181,6 @@ def test_lengths_refused(bounds, longest, error, words):
 
 def test_lengths_are_trusted_when_told_so(monkeypatch):
     """Nothing reads cu_seqlens back before the backend."""
-    from sbkernels import api
-
     flat = [x[0].transpose(0, 1) for x in tensors()]
     wrong = torch.tensor([0, 9], dtype=torch.int32)
     monkeypatch.setattr(api, "_run", lambda *arguments: (torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8)))

@@ -1,10 +1,21 @@
 """Who picks the backend and the config, and what is said when it cannot be."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from sbkernels import BackendError, config, dispatch, env, registry, stickbreaking_attention, use_backend
-from sbkernels.backends.torch_ import TorchConfig
+from sbkernels import (
+    BackendError,
+    config,
+    dispatch,
+    env,
+    registry,
+    stickbreaking_attention,
+    stickbreaking_attention_varlen,
+    use_backend,
+)
+from sbkernels.backends.torch_ import TorchBackend, TorchConfig
 from sbkernels.problem import Problem
 
 PROBLEM = Problem(1, 2, 2, 64, 64, 32, 32, "float32", "cpu")
@@ -67,6 +78,107 @@ def test_mismatched_triton_configs_are_refused():
         stickbreaking_attention(q, q, q)
 
 
+@pytest.fixture
+def ran(monkeypatch):
+    """(config, problem) of each run of the torch backend so far."""
+    calls = []
+    for direction in ("forward", "backward"):
+        original = getattr(TorchBackend, direction)
+
+        def spy(self, call, config, *more, original=original):
+            calls.append((config, call.problem))
+            return original(self, call, config, *more)
+
+        monkeypatch.setattr(TorchBackend, direction, spy)
+    return calls
+
+
+def test_what_decides_takes_effect_at_once(ran, monkeypatch):
+    """Calls alike in all but who asks for what: none is run as an earlier one was decided."""
+    x = torch.zeros(1, 1, 40, 16)
+    first, second = TorchConfig(16, 16, 1), TorchConfig(32, 32, 1)
+    stickbreaking_attention(x, x, x, backend="torch")
+    default = ran.pop()[0]
+    assert default not in (first, second)
+    for asked in (first, second, first):
+        for _ in range(2):
+            with use_backend("torch", forward=asked):
+                stickbreaking_attention(x, x, x)
+                assert ran.pop()[0] == asked
+                with use_backend("torch"):
+                    stickbreaking_attention(x, x, x)
+                    assert ran.pop()[0] == default
+                stickbreaking_attention(x, x, x)
+                assert ran.pop()[0] == asked
+    try:
+        for tuned in (first, second):
+            config.install_lookup(lambda name, problem, tuned=tuned: (config.to_dict(tuned), "record"))
+            stickbreaking_attention(x, x, x, backend="torch")
+            assert ran.pop()[0] == tuned
+    finally:
+        config.install_lookup(None)
+    stickbreaking_attention(x, x, x, backend="torch")
+    assert ran.pop()[0] == default
+    for name in ("fast", "torch", "faster", "torch"):
+        monkeypatch.setenv(env.BACKEND, name)
+        if name == "torch":
+            stickbreaking_attention(x, x, x)
+            assert ran.pop()[0] == default
+        else:
+            with pytest.raises(ValueError, match=f"SBKERNELS_BACKEND names backend '{name}'"):
+                stickbreaking_attention(x, x, x)
+    with pytest.raises(ValueError, match="argument backend= names backend 'fast'"):
+        stickbreaking_attention(x, x, x, backend="fast")
+    with pytest.raises(ValueError, match=r"argument backend= names backend \['torch'\]"):
+        stickbreaking_attention(x, x, x, backend=["torch"])
+    assert not ran
+
+
+def test_workspace_takes_effect_at_once(ran, monkeypatch):
+    """It bounds the heads that the torch backend's backward takes at a time."""
+    x = torch.zeros(1, 8, 40, 16, requires_grad=True)
+    heads = []
+    for size in ("1", "256MiB", "1"):
+        monkeypatch.setenv(env.WORKSPACE, size)
+        stickbreaking_attention(x, x, x, backend="torch")[0].sum().backward()
+        assert [problem.direction for _, problem in ran] == ["forward", "backward"]
+        heads.append(ran[1][0].HEADS)
+        ran.clear()
+    assert heads == [1, 8, 1]
+
+
+def test_problems_are_told_apart(ran):
+    """By all that Problem holds, alignment included, whatever was run before."""
+    memory = torch.zeros(2, 2, 40, 17)
+    x = memory[..., :16].contiguous()
+    padded, shifted = memory[..., :16], torch.zeros(x.numel() + 1)[1:].view(x.shape)
+    kinds = [
+        ((x, x, x), {}), ((x[:1], x[:1], x[:1]), {}), ((x, x[:, :1], x[:, :1]), {}), ((x[:, :, 8:], x, x), {}),
+        ((x[..., :8], x[..., :8], x), {}), ((x, x, x[..., :8]), {}), ((x.double(), x.double(), x.double()), {}),
+        ((x, x, padded), {}), ((x, shifted, x), {}), ((x, x, x), {"layout": "bnhd"}), ((x, x, x), {"attend_current": True}),
+        ((x, x, x), {"skip_below": 0}),
+    ]  # fmt: skip
+    for _ in range(2):
+        for tensors, options in kinds:
+            stickbreaking_attention(*tensors, backend="torch", **options)
+    problems = [problem for _, problem in ran]
+    assert problems[: len(kinds)] == problems[len(kinds) :]
+    aligned = [p.aligned for p in problems[: len(kinds)]]
+    assert aligned == [True] * 7 + [False] * 2 + [True] * 3
+    described = {dataclasses.replace(p, aligned=True) for p in problems}
+    assert len(described) == len(kinds) - 2 and len(set(problems)) == len(kinds) - 1
+
+
+def test_varlen_problems_are_told_apart(ran):
+    x = torch.zeros(40, 2, 16)
+    kinds = [([0, 40], 40), ([0, 40], 64), ([0, 10, 40], 40), ([0, 10, 40], 30)]
+    for bounds, longest in kinds * 2:
+        stickbreaking_attention_varlen(x, x, x, torch.tensor(bounds, dtype=torch.int32), longest, backend="torch")
+    assert [(p.batch, p.queries, p.keys) for _, p in ran] == [(len(bounds) - 1, n, n) for bounds, n in kinds] * 2
+    with pytest.raises(ValueError, match="max_seqlen=30: expected at least 40"):
+        stickbreaking_attention_varlen(x, x, x, torch.tensor([0, 0, 40], dtype=torch.int32), 30, backend="torch")
+
+
 @pytest.mark.parametrize(("text", "size"), [("", 2**28), ("1000", 1000), ("1 MiB", 2**20), ("3gib", 3 * 2**30)])
 def test_workspace(monkeypatch, text, size):
     monkeypatch.setenv(env.WORKSPACE, text)
@@ -85,11 +197,16 @@ def test_candidates_are_legal_and_rejections_have_reasons(name):
     backend, reason = registry.try_load(name)
     if backend is None:
         pytest.skip(reason)
-    for problem in (PROBLEM, PROBLEM.reversed()):
-        legal, rejected = backend.candidates(problem)
-        assert legal and all(backend.illegal(problem, c) is None for c in legal)
+    problem = PROBLEM
+    if torch.cuda.is_available() and backend.unsupported(problem):
+        problem = dataclasses.replace(PROBLEM, dtype="float16", device="cuda:0")
+    if backend.unsupported(problem):
+        pytest.skip(backend.unsupported(problem))
+    for direction in (problem, problem.reversed()):
+        legal, rejected = backend.candidates(direction)
+        assert legal and all(backend.illegal(direction, c) is None for c in legal)
         assert all(reason for _, reason in rejected)
-        assert backend.illegal(problem, backend.default_config(problem)) is None
+        assert backend.illegal(direction, backend.default_config(direction)) is None
 
 
 XDG = "XDG_CACHE_HOME"

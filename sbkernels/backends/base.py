@@ -49,9 +49,9 @@ _guarded: list[torch.Tensor] | None = None
 
 def allocate(shape, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """torch.empty; inside `guarded_outputs` filled and surrounded with poison instead."""
-    dtype = dtype or like.dtype
     if _guarded is None:
-        return torch.empty(shape, dtype=dtype, device=like.device)
+        return like.new_empty(shape, dtype=dtype)
+    dtype = dtype or like.dtype
     numel = torch.Size(shape).numel()
     buffer = torch.full((numel + 2 * GUARD,), poison(dtype), dtype=dtype, device=like.device)
     _guarded.append(buffer)

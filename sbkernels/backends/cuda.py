@@ -25,7 +25,8 @@ def _key(kernel: str, dtype: str, width: int, options: dict[str, int]) -> tuple:
 
 # Kernels of the extension: key -> (number for launch, bytes of shared memory).
 INSTANCES = {
-    _key(it["kernel"], it["dtype"], it["block_d"], it["config"]): (number, it["shared_bytes"]) for number, it in enumerate(_C.instances())
+    _key(it["kernel"], it["dtype"], it["block_d"], it["config"]): (number, it["shared_bytes"])
+    for number, it in enumerate(_C.instances())
 }
 WIDTHS = sorted({key[2] for key in INSTANCES})
 
@@ -34,33 +35,34 @@ class CudaBackend(KernelBackend):
     name = "cuda"
 
     def shared_bytes(self, problem: Problem, kernel: str, config):
-        width = compiled_width(problem)
+        width = compiled_width(max(problem.head_dim, problem.value_dim))
         instance = INSTANCES.get(_key(kernel, problem.dtype, width, config.of(kernel)))
         if instance is None:
             return f"{kernel} with {config.of(kernel)} is not among the kernels that were compiled for D up to {width}"
         return instance[1]
 
     def config_pairs(self, problem: Problem):
-        return _config_pairs(compiled_width(problem))
+        return _config_pairs(compiled_width(max(problem.head_dim, problem.value_dim)))
 
     def versions(self):
         return {"cuda kernels": f"{len(INSTANCES)} compiled"}
 
     def launch(self, call: Call, config, launch: Launch) -> None:
         if launch.grid:
-            number = _number(launch.kernel, call.problem.dtype, compiled_width(call.problem), config)
-            index = call.q.device.index
+            problem, index = call.problem, call.q.device.index
+            number = _number(launch.kernel, problem.dtype, max(problem.head_dim, problem.value_dim), config)
             _C.launch(number, launch.grid, launch.params, torch.cuda.current_stream(index).cuda_stream, index)
 
 
-def compiled_width(problem: Problem) -> int:
-    """The compiled BLOCK_D that holds D and Dv."""
-    return next(width for width in WIDTHS if width >= max(problem.head_dim, problem.value_dim))
+def compiled_width(head_dim: int) -> int:
+    """The compiled BLOCK_D that holds the larger of D and Dv."""
+    return next(width for width in WIDTHS if width >= head_dim)
 
 
 @functools.cache
-def _number(kernel: str, dtype: str, width: int, config) -> int:
-    return INSTANCES[_key(kernel, dtype, width, config.of(kernel))][0]
+def _number(kernel: str, dtype: str, head_dim: int, config) -> int:
+    """The instance to launch, found once for each kind of call."""
+    return INSTANCES[_key(kernel, dtype, compiled_width(head_dim), config.of(kernel))][0]
 
 
 @functools.cache

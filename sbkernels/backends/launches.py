@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import struct
+from typing import NamedTuple
 
 import torch
 
@@ -71,8 +72,7 @@ class CudaBackward:
         return {"KEY_GROUP": self.KEY_GROUP} | {name.removeprefix(prefix): value for name, value in values.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One launch: the kernel's name, how many blocks, and its packed parameters. The config says with which options."""
 
     kernel: str
@@ -107,13 +107,14 @@ class KernelBackend(Backend):
             needed, found = (".".join(map(str, x)) for x in (MIN_CAPABILITY, capability))
             return f"needs compute capability {needed} or newer, {problem.device} has {found}"
         if self.default_config(problem) is None:
-            return f"has no config for head dims {problem.head_dim} and {problem.value_dim} that fits {problem.device}'s shared memory"
+            dims = f"{problem.head_dim} and {problem.value_dim}"
+            return f"has no config for head dims {dims} that fits {problem.device}'s shared memory"
         return None
 
     def default_config(self, problem: Problem):
         return self._default(problem.head_dim, problem.value_dim, problem.dtype, problem.device)[problem.direction]
 
-    @functools.cache
+    @functools.cache  # noqa: B019, a backend has one instance
     def _default(self, head_dim: int, value_dim: int, dtype: str, device: str) -> dict:
         problem = Problem(1, 1, 1, 1, 1, head_dim, value_dim, dtype, device)
         for forward, backward in self.config_pairs(problem):
@@ -166,7 +167,8 @@ def malformed(kernel: str, options: dict[str, int]) -> str | None:
         return f"{kernel} with {o}: expected positive numbers, NUM_STAGES of 2 or more"
     if kernel == "backward_keys":
         if o["ROWS"] % 16 or o["BLOCK_M"] % o["ROWS"] or o["KEY_GROUP"] % 16 or o["SPLIT"] > 2:
-            return f"{kernel} with {o}: expected ROWS a multiple of 16 that divides BLOCK_M, KEY_GROUP a multiple of 16, SPLIT 1 or 2"
+            expected = "ROWS a multiple of 16 that divides BLOCK_M, KEY_GROUP a multiple of 16, SPLIT 1 or 2"
+            return f"{kernel} with {o}: expected {expected}"
         return None
     if o["BLOCK_M"] % (16 * o["NUM_WARPS"]) or o["BLOCK_N"] % 16 or MAX_BLOCK_N % o["BLOCK_N"]:
         return f"{kernel} with {o}: expected BLOCK_M a multiple of 16 NUM_WARPS, BLOCK_N of 16 that divides {MAX_BLOCK_N}"
@@ -201,12 +203,12 @@ def _tensor(x: torch.Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), stride_b, stride_h, stride_row
 
 
-def _shape(call: Call, stat_rows: int, aligned: bool) -> tuple:
+def _shape(call: Call, aligned: bool) -> tuple:
     p = call.problem
     cu_seqlens = 0 if call.cu_seqlens is None else call.cu_seqlens.data_ptr()
     return (
         cu_seqlens, p.batch, p.heads, p.heads // p.kv_heads, p.queries, p.keys, p.head_dim, p.value_dim,
-        stat_rows, p.attend_current, aligned, call.scale, call.skip_below,
+        p.tokens if p.varlen else p.queries, p.attend_current, aligned, call.scale, call.skip_below,
     )  # fmt: skip
 
 
@@ -219,7 +221,7 @@ def plan_forward(call: Call, config: CudaForward, out, remainder, oldest_carry, 
     p = call.problem
     params = FORWARD_PARAMS.pack(
         *_tensor(call.q), *_tensor(call.k), *_tensor(call.v), *_tensor(out),
-        *_shape(call, call.q.shape[2], p.aligned),
+        *_shape(call, p.aligned),
         remainder.data_ptr(), oldest_carry.data_ptr(), oldest_tile.data_ptr(),
     )  # fmt: skip
     return Launch("forward", ceil_div(p.queries, config.BLOCK_M) * p.batch * p.heads, params)
@@ -237,11 +239,12 @@ def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, old
     carry, older = (allocate((chunk_units * group, key_groups, chunk_rows), remainder) for _ in range(2))
     block_oldest = allocate((chunk_units * group, chunk_rows // block_m), remainder, torch.int32)
     sums = [None if chunk_rows >= p.queries else allocate((chunk_units, p.keys, x.shape[3]), remainder) for x in (dk, dv)]
+    statistics_and_scratch = (remainder, dremainder, oldest_carry, oldest_tile, carry, older, block_oldest, *sums)
     fixed = (
         *(value for x in (call.q, call.k, call.v, dout, dq, dk, dv) for value in _tensor(x)),
-        *_shape(call, call.q.shape[2], p.aligned and is_aligned(dout)),
-        *(0 if x is None else x.data_ptr() for x in (remainder, dremainder, oldest_carry, oldest_tile, carry, older, block_oldest, *sums)),
-    )  # fmt: skip
+        *_shape(call, p.aligned and is_aligned(dout)),
+        *(0 if x is None else x.data_ptr() for x in statistics_and_scratch),
+    )
     key_tiles = ceil_div(p.keys, config.KEYS_NUM_WARPS * config.KEY_GROUP)
     for unit in range(0, units, chunk_units):
         units_here = min(chunk_units, units - unit)
