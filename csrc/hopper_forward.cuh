@@ -1,6 +1,6 @@
 // Forward of stick-breaking attention on compute capability 9.0: equations (1) to (5), as forward.cuh, whose row step it shares.
 //
-//     grid    as many blocks as multiprocessors, each taking every gridDim-th query block, longest first within a group of heads
+//     grid    as many blocks as multiprocessors, each taking a query block a round, longest first within a group of heads
 //     roles   one warp loads: q, and tiles of k and v in permuted key order into STAGES of shared memory; CONSUMERS warpgroups of
 //             64 query rows compute
 //     k, v    whole tiles of BLOCK_N keys from key 0 on: N is a multiple of BLOCK_N
@@ -54,6 +54,9 @@ struct Work {
   int m_begin, first_end, tiles_seen;
 };
 
+// The works of a block, one a round: in every other round from the other end, so that no block gets the longer one each time.
+SBK_FN int work_in(int round) { return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x); }
+
 template <class C> SBK_FN Work work_of(const HopperForwardParams& p, int index) {
   const Shape& shape = p.forward.shape;
   const int m_blocks = ceil_div(shape.queries, C::BLOCK_M), heads = shape.batch * shape.heads;
@@ -79,7 +82,9 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
       load_box(to + slab * C::KEY_SLAB, &map, barrier, head * index.head_columns + slab * SLAB_COLUMNS, 0, 0, n_tile * C::BLOCK_N / 2,
                at.batch * index.per_batch + head * index.per_head);
   };
-  for (int w = blockIdx.x; w < works; w += gridDim.x) {
+  for (int round = 0; round * gridDim.x < works; round++) {
+    const int w = work_in(round);
+    if (w >= works) break;
     const Work work = work_of<C>(p, w);
     const Sequence& at = work.at;
     const unsigned q_full = shared_address(&shared.q_full);
@@ -131,7 +136,9 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   };
   if (consumer == C::CONSUMERS - 1) pass_turn();
 
-  for (int w = blockIdx.x; w < works; w += gridDim.x) {
+  for (int round = 0; round * gridDim.x < works; round++) {
+    const int w = work_in(round);
+    if (w >= works) break;
     const Work work = work_of<C>(p, w);
     float s[C::BLOCK_N / 2], out[C::BLOCK_D / 2];
     auto& s_rows = reinterpret_cast<float(&)[1][C::NT][4]>(s);

@@ -65,13 +65,14 @@ template <int BLOCK_D, int CONSUMERS, int NUM_STAGES, bool TURNS> void hopper_fo
 template <int D> bool add_all() {
 #ifdef SBK_SM90A
   if constexpr (D == 64) {
-    hopper_forward<D, 3, 2, true>();
-    hopper_forward<D, 3, 2, false>();
     hopper_forward<D, 2, 2, true>();
-    hopper_forward<D, 2, 2, false>();
+    hopper_forward<D, 2, 4, true>();
+    hopper_forward<D, 2, 4, false>();
+    hopper_forward<D, 3, 4, true>();
   } else if constexpr (D == 128) {
     hopper_forward<D, 2, 2, true>();
-    hopper_forward<D, 2, 2, false>();
+    hopper_forward<D, 2, 3, true>();
+    hopper_forward<D, 2, 3, false>();
   }
 #endif
   if constexpr (D == 64) {
