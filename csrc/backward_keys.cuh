@@ -89,19 +89,18 @@ template <typename T, int MT, int NT> SBK_FN void to_transposed_operand(unsigned
 // Runs and dA of rows against the group -> weights in place of dA, gradients of the logits in dz.
 template <class C>
 SBK_FN void weigh_and_differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], float (&dA)[C::MT][C::NT][4],
-                                    unsigned state, int lane) {
-  const int q = lane % 4;
-  each_row(runs, lane, [&](auto path, int i, unsigned lanes) {
+                                    unsigned state, int q) {
+  each_row(runs, [&](auto path, int i) {
     using Path = decltype(path);
     typename C::Run& run = runs[i / 2][i % 2];
-    const Scan scan = scan_newer<Path>(Path::total(run), q, lanes);
+    const auto scan = scan_newer<Path>(Path::total(run), q);
     float A[C::RUN], a[C::RUN], sum = 0.f;
-    Path::weights(run, Path::enter(load_shared(state + i * 32), scan.before), A);
+    Path::weights(run, Path::enter(load_shared(state + i * 32), scan.before), scan.total, A);
     get_row(a, dA[i / 2], i % 2);
     put_row(dA[i / 2], i % 2, A);
 #pragma unroll
     for (int t = 0; t < C::RUN; t++) sum += a[t] *= A[t];
-    float before = load_shared(state + i * 32 + C::STATE_BYTES) + scan_older(sum, q, lanes).before;
+    float before = load_shared(state + i * 32 + C::STATE_BYTES) + scan_older(sum, q).before;
 #pragma unroll
     for (int t = 0; t < C::RUN; t++) {
       const float next = before + a[t];
@@ -246,7 +245,7 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) backward_keys_k
           absorb<true>(runs, s, scale_log2, visible);
         else
           absorb<false>(runs, s, scale_log2, 0);
-        weigh_and_differentiate<C>(s, runs, dA, state_at, lane);
+        weigh_and_differentiate<C>(s, runs, dA, state_at, q);
 
         // dv += A^T dout, dk += dz^T q.
         unsigned transposed[C::KT][C::MT][4];

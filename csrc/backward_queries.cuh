@@ -40,23 +40,22 @@ struct BackwardRow {
 // state_carry, state_sum: those of that row and of the group the lane's run belongs to.
 template <class C>
 SBK_FN void differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], const float (&dA)[C::MT][C::NT][4],
-                          BackwardRow (&rows)[C::MT][2], int end, int tile, int lane, float* state_carry, float* state_sum) {
+                          BackwardRow (&rows)[C::MT][2], int end, int tile, int q, float* state_carry, float* state_sum) {
   using Run = typename C::Run;
-  const int q = lane % 4;
-  each_row(runs, lane, [&](auto path, int i, unsigned lanes) {
+  each_row(runs, [&](auto path, int i) {
     using Path = decltype(path);
     BackwardRow& row = rows[i / 2][i % 2];
     Run& run = runs[i / 2][i % 2];
-    const Scan scan = scan_newer<Path>(Path::total(run), q, lanes);
+    const auto scan = scan_newer<Path>(Path::total(run), q);
     if (tile > row.oldest_tile) row.carry = Path::undo(row.carry, scan.total);
     if (end + i * 8 <= C::BLOCK_N) row.carry = Run::WHOLE;
     const float carry = Path::enter(tile < row.oldest_tile ? Run::NONE : row.carry, scan.before);
     float A[C::RUN], a[C::RUN], sum = 0.f;
-    Path::weights(run, carry, A);
+    Path::weights(run, carry, scan.total, A);
     get_row(a, dA[i / 2], i % 2);
 #pragma unroll
     for (int t = 0; t < C::RUN; t++) sum += a[t] *= A[t];
-    const Scan older = scan_older(sum, q, lanes);
+    const auto older = scan_older(sum, q);
     float before = row.older_sum + older.before;
     row.older_sum += older.total;
     if (q % C::RUNS_PER_GROUP == C::RUNS_PER_GROUP - 1) state_carry[i * 8] = carry;
@@ -157,7 +156,7 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) backward_querie
     else
       absorb<false>(runs, s, scale_log2, 0);
     const int64 state = state_row + (int64)(run_begin / C::KEY_GROUP) * p.chunk_rows;
-    differentiate<C>(s, runs, dA, rows, end, tile, lane, p.state_carry + state, p.state_sum + state);
+    differentiate<C>(s, runs, dA, rows, end, tile, q, p.state_carry + state, p.state_sum + state);
 
     // dq += dz k.
     unsigned dz[C::MT][C::NT / 2][4];

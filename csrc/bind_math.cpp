@@ -76,6 +76,21 @@ static float value_of(unsigned bits) {
 
 // ---- Runs ----
 
+// Totals as rows of floats: a number alone, or those of MixedPath's struct.
+template <class Total> constexpr int COLUMNS = 3;
+template <> constexpr int COLUMNS<float> = 1;
+
+static void put_total(float* to, float x) { *to = x; }
+static float get_total(const float* from, float) { return *from; }
+static void make_exact(float&) {}
+template <class Total> static void put_total(float* to, const Total& x) {
+  to[0] = x.excess;
+  to[1] = x.rest;
+  to[2] = x.simple;
+}
+template <class Total> static Total get_total(const float* from, Total) { return {from[0], from[1], from[2] != 0.f}; }
+template <class Total> static void make_exact(Total& x) { x.simple = false; }
+
 // use(run, R, path) for an empty run of R keys and its Path<simple>.
 template <template <int> class Run, typename Use> static auto with_path(py::ssize_t size, bool simple, Use use) {
   const auto of_size = [&](auto r) {
@@ -94,34 +109,42 @@ template <template <int> class Run, typename Use> static auto with_path(py::ssiz
 
 template <int R> using DefaultLogRun = sbk::LogRun<R>;
 
-template <typename Use> static auto with_run(const std::string& formulation, bool simple, py::ssize_t size, Use use) {
+template <typename Use> static auto with_run(const std::string& formulation, const std::string& path, py::ssize_t size, Use use) {
+  const bool simple = path == "simple";
+  if (!simple && path != "mixed" && path != "exact") throw py::value_error("path '" + path + "': expected 'simple', 'mixed' or 'exact'");
   if (formulation == "linear") return with_path<sbk::LinearRun>(size, simple, use);
   if (formulation == "log") return with_path<DefaultLogRun>(size, simple, use);
   throw py::value_error("formulation '" + formulation + "': expected 'linear' or 'log'");
 }
 
-static py::dict run(const std::string& formulation, bool simple, const Array& s, const Array& carry, const Array& a, const Array& older) {
-  return with_run(formulation, simple, s.ndim() == 2 ? s.shape(1) : 0, [&](auto keys, auto size, auto path) {
+static py::dict run(const std::string& formulation, const std::string& path_name, const Array& s, const Array& carry, const Array& a,
+                    const Array& older) {
+  return with_run(formulation, path_name, s.ndim() == 2 ? s.shape(1) : 0, [&](auto keys, auto size, auto path) {
     using Run = decltype(keys);
     using Path = decltype(path);
+    using Total = typename Path::Total;
     constexpr int R = decltype(size)::value;
     const py::ssize_t n = s.shape(0);
     check_shape("carry", carry, {n});
     check_shape("a", a, {n, R});
     check_shape("older", older, {n, R});
     py::array_t<bool> simples(n), alive(n);
-    Array totals(n), entered(n), advanced(n), undone(n), sticks(n), weights({n, py::ssize_t(R)}), gradients({n, py::ssize_t(R)});
+    Array totals({n, py::ssize_t(COLUMNS<Total>)}), weights({n, py::ssize_t(R)}), gradients({n, py::ssize_t(R)});
+    Array entered(n), advanced(n), undone(n), sticks(n);
     for (py::ssize_t i = 0; i < n; i++) {
       keys.absorb(*(const float(*)[R])s.data(i));
       simples.mutable_at(i) = keys.simple();
-      const float total = Path::total(keys), entry = carry.at(i), exit = Path::advance(entry, total);
-      totals.mutable_at(i) = total;
+      Total total = Path::total(keys);
+      if (path_name == "exact") make_exact(total);
+      Path::settle(total, total);  // the only run of its row
+      const float entry = carry.at(i), exit = Path::advance(entry, total);
+      put_total(totals.mutable_data(i), total);
       entered.mutable_at(i) = Path::enter(entry, total);
       advanced.mutable_at(i) = exit;
       undone.mutable_at(i) = Path::undo(exit, total);
       alive.mutable_at(i) = Run::alive(exit);
       sticks.mutable_at(i) = Run::stick(exit);
-      Path::weights(keys, entry, *(float(*)[R])weights.mutable_data(i));
+      Path::weights(keys, entry, total, *(float(*)[R])weights.mutable_data(i));
       for (int t = 0; t < R; t++) gradients.mutable_at(i, t) = keys.gradient(t, a.at(i, t), older.at(i, t));
     }
     return py::dict(py::arg("simple") = simples, py::arg("total") = totals, py::arg("enter") = entered, py::arg("advance") = advanced,
@@ -131,26 +154,40 @@ static py::dict run(const std::string& formulation, bool simple, const Array& s,
 }
 
 // Path's step of this name on pairs of carry (of combine: total) and total.
-static Array step(const std::string& formulation, bool simple, const std::string& name, const Array& x, const Array& y) {
-  check_shape("y", y, {x.size()});
-  Array results(x.size());
-  with_run(formulation, simple, 4, [&](auto, auto, auto path) {
+static Array step(const std::string& formulation, const std::string& path_name, const std::string& name, const Array& x, const Array& y) {
+  return with_run(formulation, path_name, 4, [&](auto, auto, auto path) {
     using Path = decltype(path);
-    float (*const function)(float, float) = name == "combine"   ? &Path::combine
-                                            : name == "enter"   ? &Path::enter
-                                            : name == "advance" ? &Path::advance
-                                            : name == "undo"    ? &Path::undo
-                                                                : nullptr;
-    if (!function) throw py::value_error("step '" + name + "': expected 'combine', 'enter', 'advance' or 'undo'");
-    for (py::ssize_t i = 0; i < x.size(); i++) results.mutable_at(i) = function(x.at(i), y.at(i));
+    using Total = typename Path::Total;
+    const bool combine = name == "combine";
+    if (!combine && name != "enter" && name != "advance" && name != "undo")
+      throw py::value_error("step '" + name + "': expected 'combine', 'enter', 'advance' or 'undo'");
+    const py::ssize_t n = x.ndim() ? x.shape(0) : 0;
+    const std::vector<py::ssize_t> numbers = {n}, totals = {n, COLUMNS<Total>};
+    check_shape("x", x, combine ? totals : numbers);
+    check_shape("y", y, totals);
+    Array results(combine ? totals : numbers);
+    for (py::ssize_t i = 0; i < n; i++) {
+      const float carry = *x.data(i);
+      float* to = results.mutable_data(i);
+      const Total total = get_total(y.data(i), Total{});
+      if (combine) put_total(to, Path::combine(get_total(x.data(i), Total{}), total));
+      if (name == "enter") *to = Path::enter(carry, total);
+      if (name == "advance") *to = Path::advance(carry, total);
+      if (name == "undo") *to = Path::undo(carry, total);
+    }
+    return results;
   });
-  return results;
 }
 
-static py::dict constants(const std::string& formulation, bool simple) {
-  return with_run(formulation, simple, 4, [](auto keys, auto, auto path) {
+static py::dict constants(const std::string& formulation, const std::string& path_name) {
+  return with_run(formulation, path_name, 4, [&](auto keys, auto, auto path) {
     using Run = decltype(keys);
-    return py::dict(py::arg("WHOLE") = +Run::WHOLE, py::arg("NONE") = +Run::NONE, py::arg("IDENTITY") = +decltype(path)::IDENTITY);
+    using Total = typename decltype(path)::Total;
+    Total identity = decltype(path)::identity();
+    if (path_name == "exact") make_exact(identity);
+    Array columns(COLUMNS<Total>);
+    put_total(columns.mutable_data(), identity);
+    return py::dict(py::arg("WHOLE") = +Run::WHOLE, py::arg("NONE") = +Run::NONE, py::arg("IDENTITY") = columns);
   });
 }
 
@@ -180,11 +217,13 @@ void bind_math(py::module_& module) {
         py::call_guard<py::gil_scoped_release>(), "Errors over the floats with bits begin to begin + count - 1.");
   m.def("throughput_on_gpu", &throughput_on_gpu, py::arg("variant"), py::arg("device"), py::arg("stream"),
         py::call_guard<py::gil_scoped_release>(), "Logits per clock per multiprocessor, from registers.");
-  m.def("run", &run, py::arg("formulation"), py::arg("simple"), py::arg("s"), py::arg("carry"), py::arg("a"), py::arg("older"),
-        "One run ('linear' or 'log') of base-2 logits s [n, R], oldest first, entered with carry [n] and taken through Path<simple>,\n"
-        "simple() or not. By name, [n]: simple; total; enter and advance of both; undo of what advance left; alive and stick of\n"
-        "that; [n, R]: weights, and gradient by eq. (9) from a, eq. (8), and older, dr r + sum of a over the older keys.");
-  m.def("step", &step, py::arg("formulation"), py::arg("simple"), py::arg("name"), py::arg("x"), py::arg("y"),
-        "combine of totals x and y [n]; or enter, advance or undo of carries x and totals y.");
-  m.def("constants", &constants, py::arg("formulation"), py::arg("simple"), "The carries WHOLE and NONE, the total IDENTITY.");
+  m.def("run", &run, py::arg("formulation"), py::arg("path"), py::arg("s"), py::arg("carry"), py::arg("a"), py::arg("older"),
+        "One run ('linear' or 'log') of base-2 logits s [n, R], oldest first, a row of its own, entered with carry [n] and taken\n"
+        "through a path: 'simple', Path<true>, simple() or not; 'mixed', Path<false>; or 'exact', the same, with no row taken for\n"
+        "simple. By name, [n]: simple; enter and advance of both; undo of what advance left; alive and stick of that; [n, R]:\n"
+        "weights, and gradient by eq. (9) from a, eq. (8), and older, dr r + sum of a over the older keys; and total: [n, 1], of\n"
+        "the linear run's 'mixed' and 'exact' [n, 3]: excess, rest, simple.");
+  m.def("step", &step, py::arg("formulation"), py::arg("path"), py::arg("name"), py::arg("x"), py::arg("y"),
+        "combine of totals x and y, shaped as by run; or enter, advance or undo of carries x [n] and totals y.");
+  m.def("constants", &constants, py::arg("formulation"), py::arg("path"), "The carries WHOLE and NONE, the total IDENTITY.");
 }

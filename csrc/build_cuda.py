@@ -31,6 +31,7 @@ DEFAULT_ARCHS = "80;90a;90-virtual"  # the last is PTX, which the driver compile
 
 DTYPES = ("half", "bfloat")  # types of instructions.cuh
 BLOCK_DS = (64, 128, 256)
+HOPPER = ["-DSBK_SM90A"]  # the table then has the kernels that only sm_90a can run
 COMPILE = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # One build serves every torch version: the CUDA runtime is inside, and its symbols are not mixed up with those torch loads.
 LINK = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
@@ -80,6 +81,7 @@ def architecture_flags() -> list[str]:
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        flags += HOPPER if number == "90a" else []
     return list(dict.fromkeys(flags))
 
 
@@ -137,7 +139,8 @@ def units(csrc: pathlib.Path = CSRC) -> list[Unit]:
 
 def cubin_command(nvcc: str, unit: Unit, architecture: str, cubin: pathlib.Path) -> list[str]:
     """Compiles one unit for one architecture, such as 90a; ptxas prints each kernel's registers, spills and shared memory."""
-    flags = [*COMPILE, *unit.defines, f"-arch=sm_{architecture}", "-Xptxas=-v"]
+    hopper = HOPPER if architecture == "90a" else []
+    flags = [*COMPILE, *unit.defines, *hopper, f"-arch=sm_{architecture}", "-Xptxas=-v"]
     return [nvcc, "-cubin", *flags, "-o", str(cubin), str(unit.source)]
 
 

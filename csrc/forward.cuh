@@ -33,19 +33,19 @@ struct ForwardRow {
 
 // The tile's runs -> weights in s, and on to the next tile.
 template <class C>
-SBK_FN void weigh(float (&s)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], ForwardRow (&rows)[C::MT][2], int tile, int lane) {
+SBK_FN void weigh(float (&s)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], ForwardRow (&rows)[C::MT][2], int tile, int q) {
   using Run = typename C::Run;
-  each_row(runs, lane, [&](auto path, int i, unsigned lanes) {
+  each_row(runs, [&](auto path, int i) {
     using Path = decltype(path);
     ForwardRow& row = rows[i / 2][i % 2];
     Run& run = runs[i / 2][i % 2];
-    const Scan scan = scan_newer<Path>(Path::total(run), lane % 4, lanes);
+    const auto scan = scan_newer<Path>(Path::total(run), q);
     if (Run::alive(row.carry)) {
       row.oldest_carry = row.carry;
       row.oldest_tile = tile;
     }
     float A[C::RUN];
-    Path::weights(run, Path::enter(row.carry, scan.before), A);
+    Path::weights(run, Path::enter(row.carry, scan.before), scan.total, A);
     put_row(s[i / 2], i % 2, A);
     row.carry = Path::advance(row.carry, scan.total);
   });
@@ -118,7 +118,7 @@ template <class C> __global__ void __launch_bounds__(C::THREADS) forward_kernel(
       absorb<true>(runs, s, scale_log2, visible);
     else
       absorb<false>(runs, s, scale_log2, 0);
-    weigh<C>(s, runs, rows, tile, lane);
+    weigh<C>(s, runs, rows, tile, q);
     if (shape.skip_below > 0.f) {
       alive = false;
 #pragma unroll

@@ -130,10 +130,10 @@ constexpr int ACROSS_K = 1;
 SBK_FN uint64 operand(unsigned address, int slab_bytes) {
   return 1ull << 62 | (uint64)(SWIZZLE_BYTES / 16) << 32 | (uint64)(slab_bytes / 16) << 16 | address / 16;
 }
-constexpr int further(int bytes) { return bytes / 16; }
+SBK_FN constexpr int further(int bytes) { return bytes / 16; }
 // What to add for step k of 16: ALONG_K in slabs of slab_bytes; ACROSS_K, within a slab of any height.
-constexpr int along_k(int k, int slab_bytes) { return further(k / 4 * slab_bytes + k % 4 * 32); }
-constexpr int across_k(int k) { return further(k * 16 * SLAB_ROW_BYTES); }
+SBK_FN constexpr int along_k(int k, int slab_bytes) { return further(k / 4 * slab_bytes + k % 4 * 32); }
+SBK_FN constexpr int across_k(int k) { return further(k * 16 * SLAB_ROW_BYTES); }
 
 template <typename T, int N> struct Wgmma;
 

@@ -12,7 +12,10 @@ struct Instance {
   std::vector<std::pair<std::string, int>> config;
   const void* function;
   int threads, shared_bytes, params_bytes;
+  // Makes what the kernel takes out of what Python packs; null where that is the same.
+  void (*prepare)(const void* packed, void* params) = nullptr;
 };
+constexpr int MAX_PARAMS_BYTES = 4096;  // of a kernel
 
 std::vector<Instance>& instances();
 

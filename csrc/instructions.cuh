@@ -33,6 +33,7 @@ SBK_FN float rcp(float x) { return flush(1.f / x); }
 SBK_FN float tanh_approx(float x) { return tanhf(x); }
 SBK_FN float min_nan(float x, float y) { return x != x || x < y ? x : y; }
 SBK_FN float max_nan(float x, float y) { return x != x || x > y ? x : y; }
+SBK_FN float from_lane_xor(float x, int) { return x; }  // no lanes here
 #endif
 
 #if defined(__CUDACC__)
@@ -92,8 +93,8 @@ SBK_FN unsigned transpose_matrix(unsigned x) {
   unsigned y; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x)); return y;
 }
 constexpr unsigned ALL_LANES = 0xffffffffu;
-// x of the lane whose number differs in the bits of `mask`; all of `lanes` take part.
-SBK_FN float from_lane_xor(float x, int mask, unsigned lanes) { return __shfl_xor_sync(lanes, x, mask); }
+// x of the lane whose number differs in the bits of `mask`.
+SBK_FN float from_lane_xor(float x, int mask) { return __shfl_xor_sync(ALL_LANES, x, mask); }
 
 // ---- Tensor cores ----
 

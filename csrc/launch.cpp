@@ -55,7 +55,9 @@ void launch(int instance, int grid, const void* params, unsigned long long strea
   const Instance& it = instances().at(instance);
   const OnDevice on(device);
   if (it.shared_bytes > STATIC_SHARED_LIMIT) allow_shared(instance, device);
-  void* arguments[] = {const_cast<void*>(params)};
+  alignas(128) unsigned char prepared[MAX_PARAMS_BYTES];
+  if (it.prepare != nullptr) it.prepare(params, prepared);
+  void* arguments[] = {it.prepare != nullptr ? prepared : const_cast<void*>(params)};
   check(cudaLaunchKernel(it.function, dim3(grid), dim3(it.threads), arguments, it.shared_bytes, reinterpret_cast<cudaStream_t>(stream)),
         it.kernel + " on device " + std::to_string(device));
 }

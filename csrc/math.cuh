@@ -91,10 +91,11 @@ struct RestTanh {
 
 // ---- One thread's run of R keys of one row ----
 //
-// A Run absorbs the run's base-2 logits. If all 4 runs of a row are `simple()`, as those of real logits are, the kernels go on
-// with Run::Path<true>, else with Path<false>, which take the same steps, `total` first:
+// A Run absorbs the run's base-2 logits. If it is `simple()` on all lanes of a warp, as real logits are, the kernels go on with
+// Run::Path<true>, else with Path<false>, which take the same steps, `total` first:
 //
-//     total      of the run, to be combined over runs from IDENTITY on
+//     total      of the run, to be combined over the row's runs from identity() on; from_lane gives another lane's
+//     settle     once the row's total is known: what depends on the whole row
 //     enter      carry on entry of keys, and the total of newer ones -> carry on entry of those behind them
 //     advance    the same at the end of a tile, for the kernel that walks towards older keys; undo goes back
 //     weights    A of eq. (3), from the carry on entry of the run
@@ -102,27 +103,38 @@ struct RestTanh {
 template <bool CHOICE, class A, class B> struct Choose { using type = A; };
 template <class A, class B> struct Choose<false, A, B> { using type = B; };
 template <int R> struct SimplePath;
-template <int R> struct ExactPath;
+template <int R> struct MixedPath;
 
 template <int R> struct LinearRun {
-  template <bool SIMPLE> using Path = typename Choose<SIMPLE, SimplePath<R>, ExactPath<R>>::type;
+  template <bool SIMPLE> using Path = typename Choose<SIMPLE, SimplePath<R>, MixedPath<R>>::type;
   static constexpr float WHOLE = 1.f;  // the carry of a whole stick
   static constexpr float NONE = 0.f;   // of a used-up one
   static SBK_FN bool alive(float carry) { return carry > 0.f; }
   static SBK_FN float stick(float carry) { return carry; }
 
-  float e[R];    // 2^s
-  float excess;  // product of all u, less 1: a sum of small shares keeps all its digits, which 1 + e does not
+  // NOTE: a long run is worked on in parts, so that a thread has several short chains of dependent operations under way.
+  static constexpr int PART = R <= 16 ? R : 8, PARTS = R / PART;
+  float e[R];           // 2^s
+  float excess[PARTS];  // product of u, less 1: a sum of small shares keeps all its digits, which 1 + e does not
 
   SBK_FN void absorb(const float (&s)[R]) {
-    excess = 0.f;
 #pragma unroll
-    for (int t = 0; t < R; t++) {
-      e[t] = ex2(s[t]);
-      excess = fmaf(excess, e[t], excess) + e[t];
+    for (int t = 0; t < PART; t++) {
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) {
+        const float x = e[i * PART + t] = ex2(s[i * PART + t]);
+        excess[i] = t == 0 ? x : combine(excess[i], x);
+      }
     }
   }
-  SBK_FN bool simple() const { return excess < SIMPLE_LIMIT; }
+  static SBK_FN float combine(float x, float y) { return fmaf(x, y, x) + y; }
+  SBK_FN float total_excess() const {
+    float total = excess[0];
+#pragma unroll
+    for (int i = 1; i < PARTS; i++) total = combine(total, excess[i]);
+    return total;
+  }
+  SBK_FN bool simple() const { return total_excess() < SIMPLE_LIMIT; }
 
   // Eq. (9) for key t, from a of eq. (8) and dr r + sum of a over the older keys.
   SBK_FN float gradient(int t, float a, float older) const { return fmaf(-e[t], older, a) * rcp(1.f + e[t]); }
@@ -130,9 +142,12 @@ template <int R> struct LinearRun {
 
 // Totals are excesses; one reciprocal a run.
 template <int R> struct SimplePath {
-  static constexpr float IDENTITY = 0.f;
-  static SBK_FN float total(LinearRun<R>& run) { return run.excess; }
-  static SBK_FN float combine(float x, float y) { return fmaf(x, y, x) + y; }
+  using Total = float;
+  static SBK_FN float identity() { return 0.f; }
+  static SBK_FN float total(LinearRun<R>& run) { return run.total_excess(); }
+  static SBK_FN void settle(float&, float) {}
+  static SBK_FN float from_lane(float x, int mask) { return from_lane_xor(x, mask); }
+  static SBK_FN float combine(float x, float y) { return LinearRun<R>::combine(x, y); }
   static SBK_FN float enter(float carry, float excess) { return carry * rcp(1.f + excess); }
   static SBK_FN float advance(float carry, float excess) {
     const float rest = rcp(1.f + excess), left = excess < 1.f ? fmaf(-carry, excess * rest, carry) : carry * rest;
@@ -140,37 +155,63 @@ template <int R> struct SimplePath {
   }
   static SBK_FN float undo(float carry, float excess) { return fmaf(carry, excess, carry); }
   // From the oldest key, after which `enter` leaves the stick: a key's share is 2^s times what is left after it.
-  static SBK_FN void weights(const LinearRun<R>& run, float carry, float (&A)[R]) {
-    float left = enter(carry, run.excess);
+  static SBK_FN void weights(const LinearRun<R>& run, float carry, float, float (&A)[R]) {
+    constexpr int PART = LinearRun<R>::PART, PARTS = LinearRun<R>::PARTS;
+    float left[PARTS];
+    left[0] = enter(carry, run.total_excess());
 #pragma unroll
-    for (int t = 0; t < R; t++) {
-      A[t] = left * run.e[t];
-      left += A[t];
+    for (int i = 1; i < PARTS; i++) left[i] = undo(left[i - 1], run.excess[i - 1]);
+#pragma unroll
+    for (int t = 0; t < PART; t++) {
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) {
+        const float e = run.e[i * PART + t];
+        A[i * PART + t] = left[i] * e;
+        left[i] = fmaf(left[i], e, left[i]);
+      }
     }
   }
 };
 
-// Totals are products of 1 - beta, which only shrink; a reciprocal a key.
-template <int R> struct ExactPath {
-  static constexpr float IDENTITY = 1.f;
-  static SBK_FN float total(LinearRun<R>& run) {
-    float product = 1.f;
+// For warps with other rows too: those take products of 1 - beta, which only shrink, and a reciprocal a key. Rows whose 4 runs are
+// simple keep what SimplePath gives them, to the bit: a row's results are its own affair, whatever its neighbours' logits.
+// NOTE: by selection, not by branches: in divergent code the compiler runs a warpgroup's products one after the other.
+template <int R> struct MixedPath {
+  using Simple = SimplePath<R>;
+  struct Total {
+    float excess, rest;
+    bool simple;  // settled: of the whole row
+  };
+  static SBK_FN Total identity() { return {0.f, 1.f, true}; }
+  static SBK_FN Total total(LinearRun<R>& run) {
+    float rest = 1.f;
+    const bool simple = run.simple();
 #pragma unroll
     for (int t = 0; t < R; t++) {
       run.e[t] = min_nan(run.e[t], MAX_E);
-      product *= rcp(1.f + run.e[t]);
+      rest *= rcp(1.f + run.e[t]);
     }
-    return product;
+    return {Simple::total(run), rest, simple};
   }
-  static SBK_FN float combine(float x, float y) { return x * y; }
-  static SBK_FN float enter(float carry, float rest) { return carry * rest; }
-  static SBK_FN float advance(float carry, float rest) { return carry * rest < MIN_STICK ? 0.f : carry * rest; }
-  static SBK_FN float undo(float carry, float rest) { return carry * rcp(rest); }
-  static SBK_FN void weights(const LinearRun<R>& run, float carry, float (&A)[R]) {
+  static SBK_FN Total combine(const Total& x, const Total& y) {
+    return {Simple::combine(x.excess, y.excess), x.rest * y.rest, x.simple && y.simple};
+  }
+  static SBK_FN void settle(Total& x, const Total& row) { x.simple = row.simple; }
+  static SBK_FN Total from_lane(const Total& x, int mask) {
+    return {from_lane_xor(x.excess, mask), from_lane_xor(x.rest, mask), from_lane_xor(x.simple, mask) != 0.f};
+  }
+  static SBK_FN float enter(float carry, const Total& x) { return x.simple ? Simple::enter(carry, x.excess) : carry * x.rest; }
+  static SBK_FN float advance(float carry, const Total& x) {
+    const float left = carry * x.rest;
+    return x.simple ? Simple::advance(carry, x.excess) : left < MIN_STICK ? 0.f : left;
+  }
+  static SBK_FN float undo(float carry, const Total& x) { return x.simple ? Simple::undo(carry, x.excess) : carry * rcp(x.rest); }
+  static SBK_FN void weights(const LinearRun<R>& run, float carry, const Total& row, float (&A)[R]) {
+    Simple::weights(run, carry, row.excess, A);
 #pragma unroll
     for (int t = R - 1; t >= 0; t--) {
       carry *= rcp(1.f + run.e[t]);
-      A[t] = carry * run.e[t];
+      A[t] = row.simple ? A[t] : carry * run.e[t];
     }
   }
 };
@@ -196,7 +237,10 @@ template <int R, typename Softplus = SoftplusPolynomial> struct LogRun {
 
   // Totals are sums of softplus2.
   template <bool SIMPLE> struct Path {
-    static constexpr float IDENTITY = 0.f;
+    using Total = float;
+    static SBK_FN float identity() { return 0.f; }
+    static SBK_FN void settle(float&, float) {}
+    static SBK_FN float from_lane(float x, int mask) { return from_lane_xor(x, mask); }
     static SBK_FN float total(const LogRun& run) {
       float sum = 0.f;
 #pragma unroll
@@ -207,7 +251,7 @@ template <int R, typename Softplus = SoftplusPolynomial> struct LogRun {
     static SBK_FN float enter(float carry, float spent) { return carry + spent; }
     static SBK_FN float advance(float carry, float spent) { return carry + spent > -MIN_STICK_LOG2 ? NONE : carry + spent; }
     static SBK_FN float undo(float carry, float spent) { return carry - spent; }
-    static SBK_FN void weights(const LogRun& run, float carry, float (&A)[R]) {
+    static SBK_FN void weights(const LogRun& run, float carry, float, float (&A)[R]) {
 #pragma unroll
       for (int t = R - 1; t >= 0; t--) {
         carry += run.softplus[t];

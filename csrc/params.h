@@ -52,4 +52,20 @@ struct BackwardParams {
   int first_rows, last_rows;  // whether this chunk holds the first and the last rows
 };
 
+// What the copy engine needs to know of a tensor (a CUtensorMap), and how batch entries and heads are found through it.
+struct alignas(128) TensorMap {
+  unsigned char opaque[128];
+};
+struct MapIndex {
+  int head_columns;            // first column of head h: h * head_columns ...
+  int per_batch, per_head;     // ... in slice b * per_batch + h * per_head, the slowest coordinate
+};
+
+struct HopperForwardParams {
+  TensorMap q, k, v;
+  ForwardParams forward;
+  MapIndex q_index, k_index, v_index;
+  int head_group;  // heads whose blocks are worked on side by side, so that their keys and values stay in the L2 cache
+};
+
 }  // namespace sbk

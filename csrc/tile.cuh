@@ -181,44 +181,39 @@ SBK_FN void absorb(Run (&runs)[MT][2], const float (&s)[MT][NT][4], float scale_
   }
 }
 
-// step(path, i, lanes) for each row of runs: Path<true> where the row's 4 runs are simple, else Path<false>. A row's results are
-// thus its own affair, whatever its neighbours' logits; `lanes` are those that take the same step.
-template <class Run, int MT, typename Step> SBK_FN void each_row(const Run (&runs)[MT][2], int lane, Step step) {
+// step(path, i) for each row of runs, path as all of the warp's runs want it.
+template <class Run, int MT, typename Step> SBK_FN void each_row(const Run (&runs)[MT][2], Step step) {
   bool simple = true;
 #pragma unroll
   for (int i = 0; i < MT * 2; i++) simple &= runs[i / 2][i % 2].simple();
   if (__all_sync(ALL_LANES, simple)) {
 #pragma unroll
-    for (int i = 0; i < MT * 2; i++) step(typename Run::template Path<true>(), i, ALL_LANES);
+    for (int i = 0; i < MT * 2; i++) step(typename Run::template Path<true>(), i);
   } else {
-    const unsigned row_lanes = 15u << (lane & 28);
 #pragma unroll
-    for (int i = 0; i < MT * 2; i++) {
-      if ((~__ballot_sync(ALL_LANES, runs[i / 2][i % 2].simple()) & row_lanes) == 0)
-        step(typename Run::template Path<true>(), i, row_lanes);
-      else
-        step(typename Run::template Path<false>(), i, row_lanes);
-      __syncwarp();
-    }
+    for (int i = 0; i < MT * 2; i++) step(typename Run::template Path<false>(), i);
   }
 }
 
 // ---- Scans over the 4 runs of a row, two shuffles each ----
 
-struct Scan {
-  float before;  // of the runs ahead of this lane's
-  float total;   // of all 4
+template <typename Total> struct Scan {
+  Total before;  // of the runs ahead of this lane's
+  Total total;   // of all 4
 };
 
 // Of a Run::Path's totals, newest run first.
-template <class Path> SBK_FN Scan scan_newer(float x, int q, unsigned lanes) {
-  const float other = from_lane_xor(x, 1, lanes), pair = Path::combine(x, other), outer = from_lane_xor(pair, 2, lanes);
-  const float near = q & 1 ? Path::IDENTITY : other, far = q & 2 ? Path::IDENTITY : outer;
-  return {Path::combine(near, far), Path::combine(pair, outer)};
+template <class Path> SBK_FN Scan<typename Path::Total> scan_newer(const typename Path::Total& x, int q) {
+  using Total = typename Path::Total;
+  const Total other = Path::from_lane(x, 1), pair = Path::combine(x, other), outer = Path::from_lane(pair, 2);
+  const Total near = q & 1 ? Path::identity() : other, far = q & 2 ? Path::identity() : outer;
+  Scan<Total> scan = {Path::combine(near, far), Path::combine(pair, outer)};
+  Path::settle(scan.before, scan.total);
+  return scan;
 }
 // Sums, oldest run first.
-SBK_FN Scan scan_older(float x, int q, unsigned lanes) {
-  const float other = from_lane_xor(x, 1, lanes), pair = x + other, outer = from_lane_xor(pair, 2, lanes);
+SBK_FN Scan<float> scan_older(float x, int q) {
+  const float other = from_lane_xor(x, 1), pair = x + other, outer = from_lane_xor(pair, 2);
   return {(q & 1 ? other : 0.f) + (q & 2 ? outer : 0.f), pair + outer};
 }
 

@@ -104,9 +104,14 @@ def test_errors(variant):
 
 
 RUNS = (4, 8, 16, 32)
-# Path<true> and Path<false> of LinearRun; LogRun's two are one.
-PATHS = (("linear", True), ("linear", False), ("log", False))
-of_paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path[0]}-{'simple' if path[1] else 'exact'}")
+PART = {4: 4, 8: 8, 16: 16, 32: 8}  # keys of a part of a run
+# What LinearRun's two paths choose from: MIXED takes the one or the other, EXACT is MIXED with no row taken for simple. LogRun's
+# paths are one.
+SIMPLE, MIXED, EXACT, LOG = ("linear", "simple"), ("linear", "mixed"), ("linear", "exact"), ("log", "mixed")
+PATHS = (SIMPLE, EXACT, LOG)
+of_paths = pytest.mark.parametrize("path", PATHS, ids="-".join)
+of_paths_for_all = pytest.mark.parametrize("path", PATHS[1:], ids="-".join)
+EXCESS, REST, IS_SIMPLE = range(3)  # columns of a total of MIXED and EXACT
 
 
 def logits(R, rows=ROWS):
@@ -169,11 +174,20 @@ def run(path, s, carry, a=None, older=None):
 
 
 def run_where_taken(path, s, sticks, carry, *more):
-    """(s, sticks, answers) of the rows that the kernels would take this path with: Path<true> where simple()."""
+    """(s, sticks, answers) of the rows that the kernels would take this path with: SIMPLE where simple()."""
     got = run(path, s, carry, *more)
-    if not path[1]:
+    if path != SIMPLE:
         return s, sticks, got
     return s[got["simple"]], sticks[got["simple"]], {name: x[got["simple"]] for name, x in got.items()}
+
+
+def number(path, total):
+    """The column of totals that the path goes by."""
+    return total[:, REST if path == EXACT else 0]
+
+
+def identity(path, rows):
+    return np.tile(math.constants(*path)["IDENTITY"], (rows, 1))
 
 
 def excess_of(s):
@@ -186,7 +200,7 @@ def expected(path, s, sticks):
     """Weights of eq. (3), what is left, and the total; in float64 and log space, of logits cut at MAX_LOGIT2."""
     s = np.minimum(wide(s), math.MAX_LOGIT2)
     spent = np.cumsum(softplus2(s)[:, ::-1], 1)[:, ::-1]  # from this key to the newest
-    total = {("linear", True): excess_of(s), ("linear", False): np.exp2(-spent[:, 0])}.get(path, spent[:, 0])
+    total = {SIMPLE: excess_of(s), EXACT: np.exp2(-spent[:, 0])}.get(path, spent[:, 0])
     return sticks[:, None] * np.exp2(s - spent), sticks * np.exp2(-spent[:, 0]), total
 
 
@@ -195,14 +209,14 @@ def bounds(path, s, sticks):
     weights, left, total = expected(path, s, sticks)
     s = np.minimum(wide(s), math.MAX_LOGIT2)
     R = s.shape[1]
-    if path == ("linear", True):
+    if path == SIMPLE:
         # Excess: ex2 2 U and two sums a key; a flushed key takes TINY times the other u. Left: 1 + excess, the reciprocal and the
         # product besides. Weights: oldest key first, 2^s 2 U, the product and the sum a key. A subnormal stick is right to 2^-150,
         # as is each weight in it, which all grow with the keys.
         u = 1 + excess_of(s)
         subnormal = ((R + 1) * 2.0**-150 * u)[:, None]
         return (8 * R + 6) * U * weights + subnormal + TINY, (4 * R + 3) * U * left + 2.0**-150, 4 * R * U * total + R * TINY * u
-    if path == ("linear", False):
+    if path == EXACT:
         # A key: ex2 2 U, u U, the reciprocal and the product U each. A subnormal product, or stick, is right to 2^-150. Weights:
         # the stick, 2^s 2 U and its product.
         subnormal = (R + 1) * 2.0**-150
@@ -232,7 +246,7 @@ def test_run(path, name, R):
     weights, left, total = expected(path, s, sticks)
     of_weights, of_left, of_total = bounds(path, s, sticks)
     check("weight", got["weights"], weights, of_weights)
-    check("total", got["total"], total, of_total)
+    check("total", number(path, got["total"]), total, of_total)
     entered = sticks_of(path[0], got["enter"])
     check("enter", entered, left, of_left)
     # All of the weights' errors, at worst; and what cutting leaves.
@@ -240,7 +254,7 @@ def test_run(path, name, R):
 
     exits = sticks_of(path[0], got["advance"])
     alive, gone = left - of_left > math.MIN_STICK, left + of_left < math.MIN_STICK
-    if path == ("linear", True):
+    if path == SIMPLE:
         # Of a small share, all digits and one rounding.
         of_advance = np.where(total < 0.9, (4 * s.shape[1] + 3) * U * (sticks - left) + U * left + s.shape[1] * TINY, of_left)
     else:
@@ -250,7 +264,7 @@ def test_run(path, name, R):
     assert got["alive"][alive].all() and not got["alive"][gone].any() and (got["stick"][gone] == 0).all()
     check("stick", got["stick"], exits, 2 * U * exits + TINY)
     # Simple: 1 + total, the reciprocal, two products and a sum; exact: two products, the reciprocal; log: the sum, the difference.
-    of_undo = {("linear", True): 5 * U, ("linear", False): 3 * U}.get(path, 2 * 64 * LN_2 * U)
+    of_undo = {SIMPLE: 5 * U, EXACT: 3 * U}.get(path, 2 * 64 * LN_2 * U)
     check("undo", sticks_of(path[0], got["undo"])[alive], sticks[alive], of_undo * sticks[alive])
 
 
@@ -258,24 +272,24 @@ def test_run(path, name, R):
 @pytest.mark.parametrize("R", RUNS)
 def test_simple_where_below_its_limit(name, R):
     s = logits(R)[name]
-    simple, excess, of_excess = run(PATHS[0], s, np.ones(len(s), np.float32))["simple"], excess_of(s), 4 * R * U
+    simple, excess, of_excess = run(SIMPLE, s, np.ones(len(s), np.float32))["simple"], excess_of(s), 4 * R * U
     assert simple[excess * (1 + of_excess) < math.SIMPLE_LIMIT].all()
     assert not simple[~(excess < math.SIMPLE_LIMIT * (1 + of_excess))].any()
     if name == "around SIMPLE_LIMIT":
         assert 0.2 < simple.mean() < 0.8
-    assert run(("log", False), s, np.zeros(len(s), np.float32))["simple"].all()
+    assert run(LOG, s, np.zeros(len(s), np.float32))["simple"].all()
 
 
 def test_four_runs_below_the_limit():
     """Of the runs of a row, just simple all of them, product and reciprocal are numbers."""
     assert math.SIMPLE_LIMIT == 2.0**30
-    total = np.array([np.nextafter(np.float32(2.0**30), np.float32(0))])
-    pair = math.step("linear", True, "combine", total, total)
-    four = math.step("linear", True, "combine", pair, pair)
+    total = np.array([[np.nextafter(np.float32(2.0**30), np.float32(0))]])
+    pair = math.step(*SIMPLE, "combine", total, total)
+    four = math.step(*SIMPLE, "combine", pair, pair)
     whole = np.ones(1, np.float32)
     check("combine", four, wide((wide(total) + 1) ** 4 - 1), 8 * U * four)
-    check("enter", math.step("linear", True, "enter", whole, four), 1 / (1 + wide(total)) ** 4, 11 * U * 2.0**-120)
-    assert math.step("linear", True, "advance", whole, four) == 0
+    check("enter", math.step(*SIMPLE, "enter", whole, four), 1 / (1 + wide(total[0])) ** 4, 11 * U * 2.0**-120)
+    assert math.step(*SIMPLE, "advance", whole, four) == 0
 
 
 @of_paths
@@ -284,41 +298,80 @@ def test_combine(path):
     whole, half = logits(16), {name: (s[:, :8].copy(), s[:, 8:].copy()) for name, s in logits(16).items()}
     for name, s in whole.items():
         sticks, carry = carries(path[0], len(s))
-        taken = run(path, s, carry)["simple"] | (not path[1])
+        taken = run(path, s, carry)["simple"] | (path != SIMPLE)
         totals = [run(path, part, carry)["total"] for part in half[name]]
-        both = math.step(*path, "combine", *totals)
+        both = number(path, math.step(*path, "combine", *totals))
         _, _, total = expected(path, s, sticks)
         of_total = bounds(path, s, sticks)[2] + 2 * U * total
         check("combine", both[taken], total[taken], of_total[taken])
-        same = math.step(*path, "combine", totals[0], np.full_like(carry, math.constants(*path)["IDENTITY"]))
-        np.testing.assert_array_equal(same[taken], totals[0][taken])
-        np.testing.assert_array_equal(
-            math.step(*path, "advance", carry, np.full_like(carry, math.constants(*path)["IDENTITY"])), carry
-        )
+        same = math.step(*path, "combine", totals[0], identity(path, len(s)))
+        np.testing.assert_array_equal(number(path, same)[taken], number(path, totals[0])[taken])
+        np.testing.assert_array_equal(math.step(*path, "advance", carry, identity(path, len(s))), carry)
+
+
+@pytest.mark.parametrize(("name", "R"), cases())
+def test_mixed_path_selects(name, R):
+    """Of a simple run all that SIMPLE gives, of any other all that EXACT does: to the bit."""
+    s = case(name, R)
+    rng = np.random.default_rng(3)
+    more = [carries("linear", len(s))[1], *(rng.normal(size=s.shape).astype(np.float32) for _ in range(2))]
+    mixed = run(MIXED, s, *more)
+    is_simple = mixed["simple"]
+    np.testing.assert_array_equal(mixed["total"][:, IS_SIMPLE], is_simple)
+    for path, rows, column in ((SIMPLE, is_simple, EXCESS), (EXACT, ~is_simple, REST)):
+        answers = run(path, s, *more)
+        assert same_bits(mixed["total"][:, column], number(path, answers["total"]), rows), "total"
+        for key in answers.keys() - {"total"}:
+            assert same_bits(mixed[key], answers[key], rows), key
+    if name in ("stick survives", "small shares"):
+        assert is_simple.mean() > 0.9
+    if name == "around SIMPLE_LIMIT":
+        assert 0.2 < is_simple.mean() < 0.8
+
+
+def same_bits(x, y, rows):
+    return x[rows].tobytes() == y[rows].tobytes()
+
+
+@pytest.mark.parametrize("name", logits(8, 1))
+def test_mixed_path_of_a_row(name):
+    """Totals of 4 runs: a row is simple if all of them are, and its steps are then SIMPLE's, else EXACT's, to the bit."""
+    runs = np.split(logits(8, 4 * ROWS)[name], 4)
+    carry = carries("linear", ROWS)[1]
+    rows = {}
+    for path in (SIMPLE, MIXED, EXACT):
+        a, b, c, d = (run(path, s, carry)["total"] for s in runs)
+        pair, other = math.step(*path, "combine", a, b), math.step(*path, "combine", c, d)
+        rows[path] = math.step(*path, "combine", pair, other)
+    is_simple = np.all([run(SIMPLE, s, carry)["simple"] for s in runs], axis=0)
+    np.testing.assert_array_equal(rows[MIXED][:, IS_SIMPLE], is_simple)
+    for step in ("enter", "advance", "undo"):
+        simple, mixed, exact = (math.step(*path, step, carry, total) for path, total in rows.items())
+        assert same_bits(mixed, simple, is_simple) and same_bits(mixed, exact, ~is_simple), step
 
 
 @pytest.mark.parametrize("R", RUNS)
 def test_small_shares_keep_their_digits(R):
     """Keys of which 1 + 2^s is 1: a run's total, and the stick that 2^27 of them take an eighth of."""
     s = np.full((1, R), -30, dtype=np.float32)
-    total = run(PATHS[0], s, np.ones(1, np.float32))["total"]
-    check("total", total, excess_of(s), 2.0**-20 * excess_of(s))
+    total = run(SIMPLE, s, np.ones(1, np.float32))["total"]
+    check("total", total[0], excess_of(s), 2.0**-20 * excess_of(s))
     keys = R
     while keys < 2**27:
-        total, keys = math.step("linear", True, "combine", total, total), 2 * keys
+        total, keys = math.step(*SIMPLE, "combine", total, total), 2 * keys
     taken = -np.expm1(-keys * np.log1p(2.0**-30))
-    left = math.step("linear", True, "advance", np.ones(1, np.float32), total)
+    left = math.step(*SIMPLE, "advance", np.ones(1, np.float32), total)
     check("taken", 1 - wide(left), np.array([taken]), 2.0**-20 * taken)
-    check("undo", math.step("linear", True, "undo", left, total), np.ones(1), 5 * U)
+    check("undo", math.step(*SIMPLE, "undo", left, total), np.ones(1), 5 * U)
 
 
-@pytest.mark.parametrize("simple", (True, False))
+@pytest.mark.parametrize("linear", (SIMPLE, EXACT), ids="-".join)
 @pytest.mark.parametrize(("name", "R"), cases())
-def test_formulations_agree(name, R, simple):
-    s, linear = case(name, R), ("linear", simple)
-    taken = run(linear, s, carries("linear", len(s))[1])["simple"] | (not simple)
+def test_formulations_agree(name, R, linear):
+    s = case(name, R)
+    taken = run(linear, s, carries("linear", len(s))[1])["simple"] | (linear != SIMPLE)
     weights, rests, lefts, of_weights, of_left = [], [], [], 0, 0
-    for path in (linear, ("log", simple)):
+    for path in (linear, LOG):
         sticks, carry = carries(path[0], len(s))
         got = run(path, s, carry)
         weights.append(wide(got["weights"])[taken])
@@ -350,14 +403,14 @@ def test_gradient(path, name, R):
         of_rest = (LN_2 * 4 * softplus2(cut) + 4) * U
         of_beta = (LN_2 * (4 * softplus2(cut) + softplus2(-cut)) + 4) * U
     bound = of_rest * np.abs(a) * rest + of_beta * np.abs(older) * beta + TINY * (np.abs(a) + np.abs(older))
-    taken = got["simple"] | (not path[1])
+    taken = got["simple"] | (path != SIMPLE)
     check("gradient", got["gradient"][taken], (a * rest - beta * older)[taken], bound[taken])
     # Cutting moves 1 - beta by less than 2^-62.
     beyond = (s > math.MAX_LOGIT2) & taken[:, None]
     check("cut", (a * rest - beta * older)[beyond], -wide(older)[beyond], 2.0**-62 * (np.abs(a) + np.abs(older))[beyond])
 
 
-@pytest.mark.parametrize("path", PATHS[1:])
+@of_paths_for_all
 @pytest.mark.parametrize("R", RUNS)
 def test_nan(path, R):
     """Never simple. It reaches its own and all older keys' weights, the total and the carries; newer keys stay as they are."""
@@ -369,17 +422,18 @@ def test_nan(path, R):
     got = run(path, s, carry)
     older = np.tril(np.ones((R, R), dtype=bool))
     assert np.isnan(got["weights"][older]).all() and np.isnan(got["gradient"][own]).all()
-    for name in ("total", "enter", "advance", "undo", "stick"):
+    assert np.isnan(number(path, got["total"])).all()
+    for name in ("enter", "advance", "undo", "stick"):
         assert np.isnan(got[name]).all(), name
     np.testing.assert_array_equal(got["weights"][~older], before["weights"][~older])
     np.testing.assert_array_equal(got["gradient"][~own], before["gradient"][~own])
-    assert not run(PATHS[0], s, carry)["simple"].any()
+    assert not run(SIMPLE, s, carry)["simple"].any()
     # Among saturated keys and beside infinite ones, too.
     for other in (150.0, np.inf, -np.inf):
         s[~own] = other
         got = run(path, s, carry)
-        assert np.isnan(got["weights"][own]).all() and np.isnan(got["total"]).all()
-        assert not run(PATHS[0], s, carry)["simple"].any()
+        assert np.isnan(got["weights"][own]).all() and np.isnan(number(path, got["total"])).all()
+        assert not run(SIMPLE, s, carry)["simple"].any()
 
 
 @of_paths
@@ -396,18 +450,31 @@ def test_invisible_keys(path, name, R):
     """They take nothing and, wherever they are, change no bit."""
     s = logits(R)[name]
     _, carry = carries(path[0], len(s))
-    few = run(path, s, carry)
     rng = np.random.default_rng(2)
-    places = np.stack([np.sort(rng.permutation(2 * R)[:R]) for _ in s])
-    many = np.full((len(s), 2 * R), math.INVISIBLE, dtype=np.float32)
-    np.put_along_axis(many, places, s, 1)
-    hidden = np.ones(many.shape, dtype=bool)
+    # As many keys in each part of the run, which they cannot leave without another order of sums.
+    part, parts = PART[2 * R], 2 * R // PART[2 * R]
+    at = [np.concatenate([np.sort(rng.permutation(part)[: R // parts]) + i * part for i in range(parts)]) for _ in s]
+    first = np.concatenate([np.arange(R // parts) + i * part for i in range(parts)])
+
+    def among_hidden(places):
+        many = np.full((len(s), 2 * R), math.INVISIBLE, dtype=np.float32)
+        np.put_along_axis(many, places, s, 1)
+        return many
+
+    places = np.stack(at)
+    many, hidden = among_hidden(places), np.ones((len(s), 2 * R), dtype=bool)
     np.put_along_axis(hidden, places, False, 1)
     got = run(path, many, carry)
+    if parts == 1:
+        few = run(path, s, carry)
+    else:
+        few = run(path, among_hidden(np.tile(first, (len(s), 1))), carry)
+        few = {key: x[:, first] if key in ("weights", "gradient") else x for key, x in few.items()}
     np.testing.assert_array_equal(got["simple"], few["simple"])
-    taken = few["simple"] | (not path[1])
+    taken = few["simple"] | (path != SIMPLE)
     for key, wanted in few.items():
-        found = got[key] if wanted.ndim == 1 else got[key][~hidden].reshape(s.shape)
+        found = got[key][~hidden].reshape(s.shape) if key in ("weights", "gradient") else got[key]
+        found, wanted = (number(path, x) if key == "total" else x for x in (found, wanted))
         np.testing.assert_array_equal(found[taken], wanted[taken], key)
     hidden &= taken[:, None]
     assert (got["weights"][hidden] == 0).all() and (got["gradient"][hidden] == 1).all()
@@ -423,7 +490,7 @@ def test_used_up_stick(path, name):
     assert (got["weights"] == 0).all() and (got["advance"] == none).all() and not got["alive"].any() and (got["stick"] == 0).all()
 
 
-@pytest.mark.parametrize("path", PATHS[1:])
+@of_paths_for_all
 @pytest.mark.parametrize("R", RUNS)
 def test_one_key_uses_the_stick_up(path, R):
     """A whole stick survives one key up to a base-2 logit of 62 = -log2(MIN_STICK), none beyond it, wherever the key is."""
@@ -434,10 +501,10 @@ def test_one_key_uses_the_stick_up(path, R):
         s[np.eye(R, dtype=bool)] = logit
         got = run(path, s, np.full(R, math.constants(*path)["WHOLE"], dtype=np.float32))
         assert (sticks_of(path[0], got["advance"]) == left).all() and (got["weights"][np.eye(R, dtype=bool)] == 1).all()
-        assert not run(PATHS[0], s, np.ones(R, np.float32))["simple"].any()
+        assert not run(SIMPLE, s, np.ones(R, np.float32))["simple"].any()
 
 
-@pytest.mark.parametrize("path", PATHS[1:])
+@of_paths_for_all
 @pytest.mark.parametrize("saturated", (150 / LN_2, np.inf))
 def test_saturated_key_hides_older_ones(path, saturated):
     """z = 150: newer keys keep their weights, this one takes all that is left, older ones at most 2^-62 of it."""
@@ -453,8 +520,10 @@ def test_saturated_key_hides_older_ones(path, saturated):
 def test_paths_of_the_log_run_are_one():
     for s in logits(16).values():
         _, carry = carries("log", len(s))
-        for one, other in zip(run(("log", True), s, carry).values(), run(("log", False), s, carry).values(), strict=True):
-            np.testing.assert_array_equal(one, other)
+        simple, mixed, exact = (run(("log", path), s, carry) for path in ("simple", "mixed", "exact"))
+        for key, values in simple.items():
+            np.testing.assert_array_equal(values, mixed[key])
+            np.testing.assert_array_equal(values, exact[key])
 
 
 def zeros(*shapes):
@@ -466,12 +535,20 @@ def zeros(*shapes):
     [
         (lambda: math.evaluate("cosh", *zeros(4)), "expected one of 'softplus2 library'"),
         (lambda: math.evaluate("1 - beta rcp of 4", *zeros(6)), r"s has shape \(6,\): expected \(4,\)"),
-        (lambda: math.run("cubic", True, *zeros((2, 8), 2, (2, 8), (2, 8))), "expected 'linear' or 'log'"),
-        (lambda: math.run("log", True, *zeros((2, 9), 2, (2, 9), (2, 9))), r"expected shape \[n, R\] with R one of 4, 8, 16, 32"),
-        (lambda: math.run("log", True, *zeros((2, 8), 3, (2, 8), (2, 8))), r"carry has shape \(3,\): expected \(2,\)"),
-        (lambda: math.run("log", True, *zeros((2, 8), 2, (2, 8), (2, 4))), r"older has shape \(2, 4\): expected \(2, 8\)"),
-        (lambda: math.step("log", True, "total", *zeros(2, 2)), "step 'total': expected 'combine', 'enter', 'advance' or 'undo'"),
-        (lambda: math.step("log", True, "enter", *zeros(2, 3)), r"y has shape \(3,\): expected \(2,\)"),
+        (lambda: math.run("cubic", "simple", *zeros((2, 8), 2, (2, 8), (2, 8))), "expected 'linear' or 'log'"),
+        (
+            lambda: math.run("log", "simple", *zeros((2, 9), 2, (2, 9), (2, 9))),
+            r"expected shape \[n, R\] with R one of 4, 8, 16, 32",
+        ),
+        (lambda: math.run("log", "simple", *zeros((2, 8), 3, (2, 8), (2, 8))), r"carry has shape \(3,\): expected \(2,\)"),
+        (lambda: math.run("log", "simple", *zeros((2, 8), 2, (2, 8), (2, 4))), r"older has shape \(2, 4\): expected \(2, 8\)"),
+        (
+            lambda: math.step("log", "simple", "total", *zeros(2, (2, 1))),
+            "step 'total': expected 'combine', 'enter', 'advance' or 'undo'",
+        ),
+        (lambda: math.step("log", "simple", "enter", *zeros(2, 2)), r"y has shape \(2,\): expected \(2, 1\)"),
+        (lambda: math.step("linear", "mixed", "combine", *zeros((2, 1), (2, 3))), r"x has shape \(2, 1\): expected \(2, 3\)"),
+        (lambda: math.constants("linear", "fast"), "path 'fast': expected 'simple', 'mixed' or 'exact'"),
     ],
 )
 def test_refused(call, words):

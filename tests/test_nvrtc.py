@@ -24,10 +24,12 @@ HEADERS = """
 static_assert(sizeof(sbk::Tensor) == 32);
 template <typename Run, bool SIMPLE> SBK_FN float walk(Run& run) {
   using Path = typename Run::template Path<SIMPLE>;
-  const float total = Path::combine(Path::IDENTITY, sbk::from_lane_xor(Path::total(run), 1, sbk::ALL_LANES));
+  typename Path::Total total = Path::total(run);
+  const auto row = Path::combine(total, Path::combine(Path::identity(), Path::from_lane(total, 1)));
+  Path::settle(total, row);
   const float carry = Path::advance(Run::WHOLE, total);
   float A[16], sum = Run::stick(Path::undo(carry, total));
-  Path::weights(run, Path::enter(carry, total), A);
+  Path::weights(run, Path::enter(carry, total), row, A);
   for (int t = 0; t < 16; t++) sum += A[t];
   return sum;
 }

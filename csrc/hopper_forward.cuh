@@ -1,0 +1,291 @@
+// Forward of stick-breaking attention on compute capability 9.0: equations (1) to (5), as forward.cuh, whose row step it shares.
+//
+//     grid    as many blocks as multiprocessors, each taking a query block a round, longest first within a group of heads
+//     roles   one warp loads: q, and tiles of k and v in permuted key order into STAGES of shared memory; CONSUMERS warpgroups of
+//             64 query rows compute
+//     k, v    whole tiles of BLOCK_N keys from key 0 on: N is a multiple of BLOCK_N
+//
+// A warpgroup has the logits of the next tile computed while the tensor cores still add this one's A v, and weighs them meanwhile.
+// Warpgroups take turns in starting products, so that one weighs while another multiplies.
+#pragma once
+#include "forward.cuh"
+#include "hopper.cuh"
+
+namespace sbk {
+
+template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_, bool TURNS_> struct HopperForwardConfig {
+  using T = T_;
+  static constexpr int BLOCK_D = BLOCK_D_, CONSUMERS = CONSUMERS_, STAGES = NUM_STAGES_;
+  static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = 128, THREADS = 128 * (CONSUMERS + 1);
+  static constexpr bool TURNS = TURNS_;
+  static constexpr int MT = 1, NT = BLOCK_N / 8, RUN = BLOCK_N / 4;
+  using Run = LinearRun<RUN>;
+  static constexpr int SLABS = BLOCK_D / SLAB_COLUMNS;
+  static constexpr int Q_SLAB = BLOCK_M * SLAB_ROW_BYTES, KEY_SLAB = BLOCK_N * SLAB_ROW_BYTES;
+  static constexpr int Q_BYTES = SLABS * Q_SLAB, KEY_BYTES = SLABS * KEY_SLAB;
+  // Registers a thread: 65,536 are shared out in eights to the consumers, after what the loading warpgroup keeps.
+  static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+};
+
+template <class C> struct HopperForwardShared {
+  alignas(SWIZZLE_BYTES) unsigned char q[C::Q_BYTES];
+  alignas(SWIZZLE_BYTES) unsigned char k[C::STAGES][C::KEY_BYTES];
+  alignas(SWIZZLE_BYTES) unsigned char v[C::STAGES][C::KEY_BYTES];
+  Barrier q_full, q_empty;
+  Barrier k_full[C::STAGES], k_empty[C::STAGES], v_full[C::STAGES], v_empty[C::STAGES];
+  int stop[C::STAGES];                  // whether the stage of k holds no tile but the end of an early stop
+  int used_up[4 * C::CONSUMERS];        // by warp: 1 + the work in which its rows have used up their sticks
+};
+
+// Tries of a wait inside a block: seconds. It only ends so if something else went wrong.
+constexpr int WAIT_LIMIT = 1 << 24;
+
+// A ring of stages: which is next, and the parity of its phase.
+template <int STAGES> struct Ring {
+  int stage = 0, parity = 0;
+  SBK_FN void advance() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+// One query block: which, and which key tiles it sees.
+struct Work {
+  Sequence at;
+  int m_begin, first_end, tiles_seen;
+};
+
+// The works of a block, one a round: in every other round from the other end, so that no block gets the longer one each time.
+SBK_FN int work_in(int round) { return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x); }
+
+template <class C> SBK_FN Work work_of(const HopperForwardParams& p, int index) {
+  const Shape& shape = p.forward.shape;
+  const int m_blocks = ceil_div(shape.queries, C::BLOCK_M), heads = shape.batch * shape.heads;
+  const int group = index / (p.head_group * m_blocks), in_group = min(p.head_group, heads - group * p.head_group);
+  const int within = index - group * p.head_group * m_blocks, head = group * p.head_group + within % in_group;
+  Work work;
+  work.at = {shape.queries, shape.keys, head / shape.heads, head % shape.heads, 0};
+  work.m_begin = (m_blocks - 1 - within / in_group) * C::BLOCK_M;
+  work.first_end = first_invisible(shape, work.at, work.m_begin);
+  work.tiles_seen = ceil_div(min(work.first_end + C::BLOCK_M - 1, shape.keys), C::BLOCK_N);
+  return work;
+}
+
+template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperForwardShared<C>& shared, int works) {
+  Ring<C::STAGES> keys, values;
+  int q_parity = 0;
+  auto load_keys = [&](unsigned char* tile, const TensorMap& map, const MapIndex& index, const Sequence& at, Barrier& full, int n_tile) {
+    const unsigned barrier = shared_address(&full), to = shared_address(tile);
+    const int head = at.head / p.forward.shape.group;
+    barrier_arrive_expecting(barrier, C::KEY_BYTES);
+#pragma unroll
+    for (int slab = 0; slab < C::SLABS; slab++)
+      load_box(to + slab * C::KEY_SLAB, &map, barrier, head * index.head_columns + slab * SLAB_COLUMNS, 0, 0, n_tile * C::BLOCK_N / 2,
+               at.batch * index.per_batch + head * index.per_head);
+  };
+  for (int round = 0; round * gridDim.x < works; round++) {
+    const int w = work_in(round);
+    if (w >= works) break;
+    const Work work = work_of<C>(p, w);
+    const Sequence& at = work.at;
+    const unsigned q_full = shared_address(&shared.q_full);
+    barrier_wait(shared_address(&shared.q_empty), q_parity ^ 1, WAIT_LIMIT);
+    q_parity ^= 1;
+    barrier_arrive_expecting(q_full, C::Q_BYTES);
+#pragma unroll
+    for (int slab = 0; slab < C::SLABS; slab++)
+      load_box(shared_address(shared.q) + slab * C::Q_SLAB, &p.q, q_full, at.head * p.q_index.head_columns + slab * SLAB_COLUMNS,
+               work.m_begin, at.batch * p.q_index.per_batch + at.head * p.q_index.per_head);
+    for (int tile = work.tiles_seen - 1; tile >= 0; tile--) {
+      barrier_wait(shared_address(&shared.k_empty[keys.stage]), keys.parity ^ 1, WAIT_LIMIT);
+      bool stop = p.forward.shape.skip_below > 0.f && tile < work.tiles_seen - 1;
+#pragma unroll
+      for (int i = 0; i < 4 * C::CONSUMERS; i++) stop = stop && *(volatile int*)&shared.used_up[i] == w + 1;
+      shared.stop[keys.stage] = stop;
+      if (stop) {
+        barrier_arrive(shared_address(&shared.k_full[keys.stage]));
+        keys.advance();
+        break;
+      }
+      load_keys(shared.k[keys.stage], p.k, p.k_index, at, shared.k_full[keys.stage], tile);
+      keys.advance();
+      barrier_wait(shared_address(&shared.v_empty[values.stage]), values.parity ^ 1, WAIT_LIMIT);
+      load_keys(shared.v[values.stage], p.v, p.v_index, at, shared.v_full[values.stage], tile);
+      values.advance();
+    }
+  }
+}
+
+template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwardShared<C>& shared, int works, int consumer) {
+  using T = typename C::T;
+  using Run = typename C::Run;
+  using Logits = Wgmma<T, C::BLOCK_N>;
+  using Output = Wgmma<T, C::BLOCK_D>;
+  const Shape& shape = p.forward.shape;
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
+  const int warp_row = consumer * 64 + warp * 16, my_row = warp_row + lane / 4;
+  const float scale_log2 = shape.scale * LOG2_E;
+  const uint64 q_rows = operand(shared_address(shared.q) + consumer * 64 * SLAB_ROW_BYTES, 16);
+  Ring<C::STAGES> keys, values;
+  int q_parity = 0;
+  // Turns: barrier 1 + i is consumer i's, and starts with the first.
+  auto take_turn = [&] {
+    if (C::TURNS) named_sync(1 + consumer, 256);
+  };
+  auto pass_turn = [&] {
+    if (C::TURNS) named_arrive(1 + (consumer + 1) % C::CONSUMERS, 256);
+  };
+  if (consumer == C::CONSUMERS - 1) pass_turn();
+
+  for (int round = 0; round * gridDim.x < works; round++) {
+    const int w = work_in(round);
+    if (w >= works) break;
+    const Work work = work_of<C>(p, w);
+    float s[C::BLOCK_N / 2], out[C::BLOCK_D / 2];
+    auto& s_rows = reinterpret_cast<float(&)[1][C::NT][4]>(s);
+    unsigned weights[1][C::NT / 2][4];
+    ForwardRow rows[1][2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) rows[0][h] = {work.m_begin + my_row + h * 8 < shape.queries ? Run::WHOLE : Run::NONE, Run::WHOLE, work.tiles_seen};
+
+    auto start_logits = [&] {
+      const uint64 k_tile = operand(shared_address(shared.k[keys.stage]), 16);
+#pragma unroll
+      for (int k = 0; k < C::BLOCK_D / 16; k++) {
+        const uint64 a = q_rows + along_k(k, C::Q_SLAB), b = k_tile + along_k(k, C::KEY_SLAB);
+        if (k == 0)
+          Logits::template set<ALONG_K, ALONG_K>(s, a, b);
+        else
+          Logits::template add<ALONG_K, ALONG_K>(s, a, b, 1);
+      }
+      wgmma_commit();
+    };
+    auto start_output = [&](bool first) {
+      const uint64 v_tile = operand(shared_address(shared.v[values.stage]), C::KEY_SLAB);
+#pragma unroll
+      for (int k = 0; k < C::BLOCK_N / 16; k++) Output::template add<ACROSS_K>(out, weights[0][k], v_tile + across_k(k), k > 0 || !first);
+      wgmma_commit();
+    };
+    auto release = [&](Barrier& empty) {
+      if (lane == 0) barrier_arrive(shared_address(&empty));
+    };
+    auto weigh_tile = [&](int tile) {
+      Run runs[1][2];
+      const int visible = work.first_end + my_row - tile * C::BLOCK_N - q * C::RUN;
+      if (tile >= work.first_end / C::BLOCK_N)
+        absorb<true>(runs, s_rows, scale_log2, visible);
+      else
+        absorb<false>(runs, s_rows, scale_log2, 0);
+      weigh<C>(s_rows, runs, rows, tile, q);
+      if (shape.skip_below > 0.f) {
+        const bool alive = Run::stick(rows[0][0].carry) >= shape.skip_below || Run::stick(rows[0][1].carry) >= shape.skip_below;
+        if (!__any_sync(ALL_LANES, alive) && lane == 0) shared.used_up[consumer * 4 + warp] = w + 1;
+      }
+    };
+
+    // The newest tile.
+    barrier_wait(shared_address(&shared.q_full), q_parity, WAIT_LIMIT);
+    q_parity ^= 1;
+    barrier_wait(shared_address(&shared.k_full[keys.stage]), keys.parity, WAIT_LIMIT);
+    take_turn();
+    wgmma_fence();
+    start_logits();
+    pass_turn();
+    wgmma_wait<0>();
+    release(shared.k_empty[keys.stage]);
+    keys.advance();
+    weigh_tile(work.tiles_seen - 1);
+    to_operand<T>(weights, s_rows);
+
+    // Each older one: its logits and the last one's output are under way together.
+    bool first = true;
+#pragma unroll 1
+    for (int tile = work.tiles_seen - 2; tile >= 0; tile--) {
+      barrier_wait(shared_address(&shared.k_full[keys.stage]), keys.parity, WAIT_LIMIT);
+      if (__shfl_sync(ALL_LANES, shared.stop[keys.stage], 0)) {
+        release(shared.k_empty[keys.stage]);
+        keys.advance();
+        break;
+      }
+      take_turn();
+      wgmma_fence();
+      start_logits();
+      barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
+      wgmma_fence();
+      start_output(first);
+      pass_turn();
+      first = false;
+      wgmma_wait<1>();
+      release(shared.k_empty[keys.stage]);
+      keys.advance();
+      weigh_tile(tile);
+      wgmma_wait<0>();
+      release(shared.v_empty[values.stage]);
+      values.advance();
+      to_operand<T>(weights, s_rows);
+    }
+
+    // The last one's output.
+    release(shared.q_empty);
+    barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
+    take_turn();
+    wgmma_fence();
+    start_output(first);
+    pass_turn();
+    wgmma_wait<0>();
+    release(shared.v_empty[values.stage]);
+    values.advance();
+
+    // Store.
+    const int rows_left = shape.queries - work.m_begin;
+    const Tensor& target = p.forward.out;
+    store_rows(rows_of<T>(target, work.at, 1) + work.m_begin * target.stride_row, target.stride_row,
+               reinterpret_cast<float(&)[1][C::BLOCK_D / 8][4]>(out), shape.value_dim, 1, lane,
+               [&](int row) { return warp_row + row < rows_left ? warp_row + row : -1; });
+    const int64 statistic = statistic_of(shape, work.at) + work.m_begin;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int row = my_row + h * 8;
+      if (q == 0 && row < rows_left) {
+        p.forward.remainder[statistic + row] = Run::stick(rows[0][h].carry);
+        p.forward.oldest_carry[statistic + row] = rows[0][h].oldest_carry;
+        p.forward.oldest_tile[statistic + row] = rows[0][h].oldest_tile;
+      }
+    }
+  }
+  if (consumer == 0) take_turn();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __grid_constant__ HopperForwardParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // other architectures get an empty kernel, which nobody launches
+  extern __shared__ __align__(SWIZZLE_BYTES) unsigned char raw[];
+  auto& shared = *reinterpret_cast<HopperForwardShared<C>*>(raw);
+  const Shape& shape = p.forward.shape;
+  const int works = shape.batch * shape.heads * ceil_div(shape.queries, C::BLOCK_M);
+  const int role = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);  // NOTE: so that the compiler knows it to be uniform
+
+  if (threadIdx.x == 0) {
+    barrier_init(shared_address(&shared.q_full), 1);
+    barrier_init(shared_address(&shared.q_empty), 4 * C::CONSUMERS);
+    for (int i = 0; i < C::STAGES; i++) {
+      barrier_init(shared_address(&shared.k_full[i]), 1);
+      barrier_init(shared_address(&shared.v_full[i]), 1);
+      barrier_init(shared_address(&shared.k_empty[i]), 4 * C::CONSUMERS);
+      barrier_init(shared_address(&shared.v_empty[i]), 4 * C::CONSUMERS);
+    }
+    fence_barrier_init();
+  }
+  if (threadIdx.x < 4 * C::CONSUMERS) shared.used_up[threadIdx.x] = 0;
+  __syncthreads();
+
+  if (role == C::CONSUMERS) {
+    registers_decrease<C::LOADER_REGISTERS>();
+    if (threadIdx.x == C::CONSUMERS * 128) load_tiles(p, shared, works);
+  } else {
+    registers_increase<C::CONSUMER_REGISTERS>();
+    attend(p, shared, works, role);
+  }
+#endif
+}
+
+}  // namespace sbk
