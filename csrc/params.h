@@ -52,4 +52,43 @@ struct BackwardParams {
   int first_rows, last_rows;  // whether this chunk holds the first and the last rows
 };
 
+// ---- Hopper backward ----
+
+// An encoded CUtensorMap, and how many heads lie side by side in a row of the matrix it describes: 1 for [B * H, rows, D], H for
+// [B, rows, H * D].
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+struct MappedTensor {
+  TensorMap map;
+  int heads_in_row;
+};
+
+// Scratch: byte offsets in one piece of memory, for rows = batch * heads * queries.
+struct HopperBackwardScratch {
+  int64 dq_sum, state, block_oldest, state_turn, dq_turn, ticket, bytes;
+};
+constexpr HopperBackwardScratch hopper_backward_scratch(int64 rows, int head_dim) {
+  const int64 state = rows * head_dim * 4, block_oldest = state + rows * 8, ints = rows / 64 * 4;
+  return {0, state, block_oldest, block_oldest + ints, block_oldest + 2 * ints, block_oldest + 3 * ints, block_oldest + 3 * ints + 16};
+}
+
+struct HopperBackwardParams {
+  MappedTensor q, dout, k, v, dk, dv;  // see hopper_backward.cuh
+  Tensor dq;
+  Shape shape;
+  const float* remainder;
+  const float* dremainder;    // null: 0
+  const float* oldest_carry;  // of tiles of 128 keys
+  const int* oldest_tile;
+  float* dq_sum;      // [B * H, M / 64, 2, 64 * D / 2]: q's gradient before scaling, in the order of the products' registers
+  float* state;       // [B * H, M, 2]: per row, the carry on entry of the last tile done, and dr r + sum of a over the tiles done
+  int* block_oldest;  // [B * H, M / 64]: oldest tile a block of 64 queries visits
+  int* state_turn;    // [B * H, M / 64]: the tile whose turn it is to take the block's state ...
+  int* dq_turn;       // [B * H, M / 64]: ... and to add to its dq_sum
+  int* ticket;
+  int* error;           // set to a nonzero code if a wait ran out; results are then void
+  int heads_per_group;  // heads whose tiles are taken in turns
+};
+
 }  // namespace sbk
