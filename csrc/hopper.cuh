@@ -88,8 +88,8 @@ SBK_FN void store_box(unsigned shared, const void* map, int c0, int c1, int c2, 
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
                ::"l"(map), "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
-// Bytes of shared to global memory, and floats in shared added to those in global memory, part of this thread's bulk group. Addresses
-// and bytes: multiples of 16.
+// Bytes of shared -> global memory, and floats in shared added to those in global memory, part of this thread's bulk group.
+// Addresses and bytes: multiples of 16.
 SBK_FN void store_bulk(void* global, unsigned shared, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes) : "memory");
 }

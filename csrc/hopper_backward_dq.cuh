@@ -11,7 +11,8 @@ constexpr int HOPPER_BLOCK_M = 64, HOPPER_BLOCK_N = 128;
 constexpr int HOPPER_EDGE_THREADS = 256;
 
 // Grid: ceil(B * H * M / 64 / 8).
-static __global__ void __launch_bounds__(HOPPER_EDGE_THREADS) hopper_backward_begin_kernel(const __grid_constant__ HopperBackwardParams p) {
+static __global__ void __launch_bounds__(HOPPER_EDGE_THREADS)
+hopper_backward_begin_kernel(const __grid_constant__ HopperBackwardParams p) {
   const int blocks = p.shape.queries / HOPPER_BLOCK_M, lane = threadIdx.x % 32;
   const int block = blockIdx.x * (HOPPER_EDGE_THREADS / 32) + threadIdx.x / 32;
   if (block == 0 && lane == 0) *p.ticket = 0;
@@ -30,14 +31,15 @@ static __global__ void __launch_bounds__(HOPPER_EDGE_THREADS) hopper_backward_be
 
 // Grid: B * H * M / 64.
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(HOPPER_EDGE_THREADS) hopper_backward_end_kernel(const __grid_constant__ HopperBackwardParams p) {
-  constexpr int PIECES = HEAD_DIM / 8;                                  // of 16 bytes, a row
-  __shared__ uint4 tile[HOPPER_BLOCK_M][PIECES + 1];                    // a piece more, so that rows fall on different banks
-  const int half = threadIdx.x / 128, thread = threadIdx.x % 128;       // as in the kernel that left the sums
+__global__ void __launch_bounds__(HOPPER_EDGE_THREADS)
+hopper_backward_end_kernel(const __grid_constant__ HopperBackwardParams p) {
+  constexpr int PIECES = HEAD_DIM / 8, HALF_PIECES = HOPPER_BLOCK_M * HEAD_DIM / 8;  // of 16 bytes: a row of dq, half a block's sums
+  __shared__ uint4 tile[HOPPER_BLOCK_M][PIECES + 1];               // a piece more, so that rows fall on different banks
+  const int half = threadIdx.x / 128, thread = threadIdx.x % 128;  // as in the kernel that left the sums
   const int row = thread / 32 * 16 + thread % 32 / 4, q = thread % 4;
 
   // Take the sums apart.
-  const float4* sums = reinterpret_cast<const float4*>(p.dq_sum) + ((int64)blockIdx.x * 2 + half) * (HOPPER_BLOCK_M * HEAD_DIM / 8) + thread;
+  const float4* sums = reinterpret_cast<const float4*>(p.dq_sum) + ((int64)blockIdx.x * 2 + half) * HALF_PIECES + thread;
 #pragma unroll
   for (int j = 0; j < HEAD_DIM / 16; j++) {
     const float4 x = sums[j * 128];

@@ -69,8 +69,8 @@ struct HopperBackwardScratch {
   int64 dq_sum, state, block_oldest, state_turn, dq_turn, ticket, bytes;
 };
 constexpr HopperBackwardScratch hopper_backward_scratch(int64 rows, int head_dim) {
-  const int64 state = rows * head_dim * 4, block_oldest = state + rows * 8, ints = rows / 64 * 4;
-  return {0, state, block_oldest, block_oldest + ints, block_oldest + 2 * ints, block_oldest + 3 * ints, block_oldest + 3 * ints + 16};
+  const int64 state = rows * head_dim * 4, ints = rows / 64 * 4, block_oldest = state + rows * 8, ticket = block_oldest + 3 * ints;
+  return {0, state, block_oldest, block_oldest + ints, block_oldest + 2 * ints, ticket, ticket + 16};
 }
 
 struct HopperBackwardParams {
