@@ -33,7 +33,7 @@ hopper_backward_begin_kernel(const __grid_constant__ HopperBackwardParams p) {
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(HOPPER_EDGE_THREADS)
 hopper_backward_end_kernel(const __grid_constant__ HopperBackwardParams p) {
-  constexpr int PIECES = HEAD_DIM / 8, HALF_PIECES = HOPPER_BLOCK_M * HEAD_DIM / 8;  // of 16 bytes: a row of dq, half a block's sums
+  constexpr int PIECES = HEAD_DIM / 8, HALF_PIECES = HOPPER_BLOCK_M * HEAD_DIM / 8;  // 16 bytes: in a row, in half a block's sums
   __shared__ uint4 tile[HOPPER_BLOCK_M][PIECES + 1];               // a piece more, so that rows fall on different banks
   const int half = threadIdx.x / 128, thread = threadIdx.x % 128;  // as in the kernel that left the sums
   const int row = thread / 32 * 16 + thread % 32 / 4, q = thread % 4;

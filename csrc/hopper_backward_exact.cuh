@@ -1,5 +1,5 @@
-// Backward on Hopper: the rows of hopper_backward.cuh's tiles whose logits are so large that a run's product of u, or its reciprocal,
-// does not do (math.cuh). Each half of a row chooses for itself, by its 4 lanes, so that no row depends on others.
+// Backward on Hopper: rows of hopper_backward.cuh's tiles whose logits are too large for one reciprocal a run (math.cuh). Each half
+// of a row chooses for itself, by its 4 lanes, so that no row depends on others.
 #pragma once
 #include "hopper.cuh"
 #include "tile.cuh"
@@ -31,8 +31,8 @@ SBK_FN int find_exact_rows(const float (&excess)[2], int lane) {
 // An exact path's product of 1 - beta as an excess. That of a used-up stick is still finite, so that 0 times it is 0.
 SBK_FN float excess_of(float rest) { return rest < MIN_STICK * MIN_STICK ? 1.7e38f : rcp(rest) - 1.f; }
 
-// Cuts the exact rows' e and scans them for walks from the newest key. `older`: where the carry is < 0 (encode_carry) the share that
-// the newer runs leave of the stick on entry of the half, elsewhere the excess of the older runs and the lane's own.
+// Cuts the exact rows' e and scans them for walks from the newest key. `older`: where the carry is < 0 (encode_carry) the share
+// that the newer runs leave of the stick on entry of the half, elsewhere the excess of the older runs and the lane's own.
 template <int R> SBK_FN void scan_exactly(float (&e)[2 * R], HalfScan (&scans)[2], int exact, const float (&carry)[2], int q) {
   using Path = ExactPath<R>;
 #pragma unroll

@@ -64,6 +64,7 @@ struct MappedTensor {
   int heads_in_row;
 };
 
+#if !defined(__CUDACC_RTC__)  // which takes no host functions
 // Scratch: byte offsets in one piece of memory, for rows = batch * heads * queries.
 struct HopperBackwardScratch {
   int64 dq_sum, state, block_oldest, state_turn, dq_turn, ticket, bytes;
@@ -72,6 +73,7 @@ constexpr HopperBackwardScratch hopper_backward_scratch(int64 rows, int head_dim
   const int64 state = rows * head_dim * 4, ints = rows / 64 * 4, block_oldest = state + rows * 8, ticket = block_oldest + 3 * ints;
   return {0, state, block_oldest, block_oldest + ints, block_oldest + 2 * ints, ticket, ticket + 16};
 }
+#endif
 
 struct HopperBackwardParams {
   MappedTensor q, dout, k, v, dk, dv;  // see hopper_backward.cuh
