@@ -10,6 +10,7 @@ import functools
 import torch
 
 from ..problem import Problem
+from . import hopper, launches
 from .base import Call
 from .launches import DTYPES, CudaBackward, CudaForward, KernelBackend, Launch
 
@@ -25,7 +26,8 @@ def _key(kernel: str, dtype: str, width: int, options: dict[str, int]) -> tuple:
 
 # Kernels of the extension: key -> (number for launch, bytes of shared memory).
 INSTANCES = {
-    _key(it["kernel"], it["dtype"], it["block_d"], it["config"]): (number, it["shared_bytes"]) for number, it in enumerate(_C.instances())
+    _key(it["kernel"], it["dtype"], it["block_d"], it["config"]): (number, it["shared_bytes"])
+    for number, it in enumerate(_C.instances())
 }
 WIDTHS = sorted({key[2] for key in INSTANCES})
 
@@ -42,6 +44,42 @@ class CudaBackend(KernelBackend):
 
     def config_pairs(self, problem: Problem):
         return _config_pairs(compiled_width(problem))
+
+    def default_config(self, problem: Problem):
+        config = _hopper_config(compiled_width(problem), problem.direction)
+        if config is not None and hopper.not_covered(problem) is None:
+            return config
+        return super().default_config(problem)
+
+    def variants(self, problem: Problem):
+        hopper_built = _hopper_config(compiled_width(problem), problem.direction) is not None
+        return {"portable": super().default_config(problem)} if hopper_built else {}
+
+    def illegal(self, problem: Problem, config) -> str | None:
+        if config.HOPPER:
+            reason = hopper.not_covered(problem)
+            if reason is None and config != _hopper_config(compiled_width(problem), problem.direction):
+                reason = "was not compiled"
+            return reason and f"the Hopper kernel {reason}"
+        return super().illegal(problem, config)
+
+    def forward(self, call: Call, config: CudaForward):
+        if not config.HOPPER:
+            return super().forward(call, config)
+        out, remainder = call.empty_out(), call.empty_statistic()
+        saved = (call.empty_statistic(), call.empty_statistic(torch.int32))
+        self.launch(call, config, hopper.plan_forward(call, config, out, remainder, *saved))
+        return out, remainder, saved
+
+    def backward(self, call: Call, config: CudaBackward, remainder, saved, dout, dremainder):
+        if not config.HOPPER:
+            return super().backward(call, config, remainder, saved, dout, dremainder)
+        hopper.raise_errors(call.q.device)
+        dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
+        arguments = (remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv)
+        for launch in hopper.plan_backward(call, _C.hopper_backward_scratch, *arguments):
+            self.launch(call, config, launch)
+        return dq, dk, dv
 
     def versions(self):
         return {"cuda kernels": f"{len(INSTANCES)} compiled"}
@@ -61,6 +99,15 @@ def compiled_width(problem: Problem) -> int:
 @functools.cache
 def _number(kernel: str, dtype: str, width: int, config) -> int:
     return INSTANCES[_key(kernel, dtype, width, config.of(kernel))][0]
+
+
+@functools.cache
+def _hopper_config(width: int, direction: str) -> CudaForward | CudaBackward | None:
+    """The config of the Hopper kernels of a width, if they were compiled."""
+    for it in _C.instances():
+        if it["kernel"] == f"hopper_{direction}" and it["block_d"] == width:
+            return CudaForward(**it["config"], HOPPER=True) if direction == "forward" else CudaBackward(HOPPER=True)
+    return None
 
 
 @functools.cache

@@ -18,7 +18,8 @@ from .base import Backend, Call, allocate
 
 TENSOR = "4q"
 SHAPE = "q10i2f"
-FORWARD_PARAMS = struct.Struct("=" + 4 * TENSOR + SHAPE + "3q")
+FORWARD_PARAMS = struct.Struct("=" + 4 * TENSOR + SHAPE + "4q")
+HOPPER_BACKWARD_ARGUMENTS = struct.Struct("=" + 7 * TENSOR + SHAPE + "6q")
 BACKWARD_PARAMS = struct.Struct("=" + 7 * TENSOR + SHAPE + "9q7i4x")
 KERNELS = {"forward": ("forward",), "backward": ("backward_queries", "backward_keys")}  # by direction
 DTYPES = ("float16", "bfloat16")
@@ -33,16 +34,17 @@ MAX_BLOCK_N = 128
 
 @dataclasses.dataclass(frozen=True)
 class CudaForward:
-    """Tile sizes and launch options of the forward kernel (csrc/forward.cuh)."""
+    """Tile sizes and launch options of the forward kernel: csrc/forward.cuh or, with HOPPER, csrc/hopper_forward.cuh."""
 
     BLOCK_M: int
     BLOCK_N: int
     NUM_WARPS: int
     NUM_STAGES: int
+    HOPPER: bool = False
 
     def of(self, kernel: str) -> dict[str, int]:
         """Options of "forward" by their names in csrc."""
-        return vars(self)
+        return {name: value for name, value in vars(self).items() if name != "HOPPER"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +52,26 @@ class CudaBackward:
     """Tile sizes and launch options of the two backward kernels: QUERIES (csrc/backward_queries.cuh) and KEYS (backward_keys.cuh).
 
     KEY_GROUP keys share a state; QUERIES_BLOCK_N must be the forward's BLOCK_N, whose tiles it counts in. KEYS_ROWS query rows
-    are worked on at a time; KEYS_SPLIT blocks share the columns of dk and dv.
+    are worked on at a time; KEYS_SPLIT blocks share the columns of dk and dv. With HOPPER, csrc/hopper_backward.cuh, which has
+    tiles of its own: nothing else is given.
     """
 
-    KEY_GROUP: int
-    QUERIES_BLOCK_M: int
-    QUERIES_BLOCK_N: int
-    QUERIES_NUM_WARPS: int
-    QUERIES_NUM_STAGES: int
-    KEYS_BLOCK_M: int
-    KEYS_ROWS: int
-    KEYS_NUM_WARPS: int
-    KEYS_NUM_STAGES: int
-    KEYS_SPLIT: int
+    KEY_GROUP: int = 0
+    QUERIES_BLOCK_M: int = 0
+    QUERIES_BLOCK_N: int = 0
+    QUERIES_NUM_WARPS: int = 0
+    QUERIES_NUM_STAGES: int = 0
+    KEYS_BLOCK_M: int = 0
+    KEYS_ROWS: int = 0
+    KEYS_NUM_WARPS: int = 0
+    KEYS_NUM_STAGES: int = 0
+    KEYS_SPLIT: int = 0
+    HOPPER: bool = False
 
     def of(self, kernel: str) -> dict[str, int]:
         """Options of "backward_queries" or "backward_keys" by their names in csrc."""
+        if self.HOPPER:
+            return {}
         prefix = {"backward_queries": "QUERIES_", "backward_keys": "KEYS_"}[kernel]
         values = {name: value for name, value in vars(self).items() if name.startswith(prefix)}
         return {"KEY_GROUP": self.KEY_GROUP} | {name.removeprefix(prefix): value for name, value in values.items()}
@@ -107,7 +113,9 @@ class KernelBackend(Backend):
             needed, found = (".".join(map(str, x)) for x in (MIN_CAPABILITY, capability))
             return f"needs compute capability {needed} or newer, {problem.device} has {found}"
         if self.default_config(problem) is None:
-            return f"has no config for head dims {problem.head_dim} and {problem.value_dim} that fits {problem.device}'s shared memory"
+            return (
+                f"has no config for head dims {problem.head_dim} and {problem.value_dim} that fits {problem.device}'s shared memory"
+            )
         return None
 
     def default_config(self, problem: Problem):
@@ -132,7 +140,9 @@ class KernelBackend(Backend):
         return None
 
     def mismatch(self, forward: CudaForward, backward: CudaBackward) -> str | None:
-        if forward.BLOCK_N != backward.QUERIES_BLOCK_N:
+        if forward.HOPPER != backward.HOPPER:
+            return f"HOPPER={forward.HOPPER} forward and {backward.HOPPER} backward: expected the same"
+        if not forward.HOPPER and forward.BLOCK_N != backward.QUERIES_BLOCK_N:
             return f"BLOCK_N={forward.BLOCK_N} forward and QUERIES_BLOCK_N={backward.QUERIES_BLOCK_N} backward: expected the same"
         return None
 
@@ -166,7 +176,9 @@ def malformed(kernel: str, options: dict[str, int]) -> str | None:
         return f"{kernel} with {o}: expected positive numbers, NUM_STAGES of 2 or more"
     if kernel == "backward_keys":
         if o["ROWS"] % 16 or o["BLOCK_M"] % o["ROWS"] or o["KEY_GROUP"] % 16 or o["SPLIT"] > 2:
-            return f"{kernel} with {o}: expected ROWS a multiple of 16 that divides BLOCK_M, KEY_GROUP a multiple of 16, SPLIT 1 or 2"
+            return (
+                f"{kernel} with {o}: expected ROWS a multiple of 16 that divides BLOCK_M, KEY_GROUP a multiple of 16, SPLIT 1 or 2"
+            )
         return None
     if o["BLOCK_M"] % (16 * o["NUM_WARPS"]) or o["BLOCK_N"] % 16 or MAX_BLOCK_N % o["BLOCK_N"]:
         return f"{kernel} with {o}: expected BLOCK_M a multiple of 16 NUM_WARPS, BLOCK_N of 16 that divides {MAX_BLOCK_N}"
@@ -196,12 +208,12 @@ def shared_limit(device: str) -> int:
     return SHARED_LIMIT.get(torch.cuda.get_device_capability(device), SHARED_LIMIT_ELSEWHERE)
 
 
-def _tensor(x: torch.Tensor) -> tuple[int, int, int, int]:
+def pack_tensor(x: torch.Tensor) -> tuple[int, int, int, int]:
     stride_b, stride_h, stride_row, _ = x.stride()
     return x.data_ptr(), stride_b, stride_h, stride_row
 
 
-def _shape(call: Call, stat_rows: int, aligned: bool) -> tuple:
+def pack_shape(call: Call, stat_rows: int, aligned: bool) -> tuple:
     p = call.problem
     cu_seqlens = 0 if call.cu_seqlens is None else call.cu_seqlens.data_ptr()
     return (
@@ -214,15 +226,15 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def plan_forward(call: Call, config: CudaForward, out, remainder, oldest_carry, oldest_tile) -> Launch:
+def plan_forward(call: Call, config: CudaForward, out, remainder, oldest_carry, oldest_tile, ticket=None) -> Launch:
     """The forward's only launch."""
     p = call.problem
     params = FORWARD_PARAMS.pack(
-        *_tensor(call.q), *_tensor(call.k), *_tensor(call.v), *_tensor(out),
-        *_shape(call, call.q.shape[2], p.aligned),
-        remainder.data_ptr(), oldest_carry.data_ptr(), oldest_tile.data_ptr(),
+        *pack_tensor(call.q), *pack_tensor(call.k), *pack_tensor(call.v), *pack_tensor(out),
+        *pack_shape(call, call.q.shape[2], p.aligned),
+        remainder.data_ptr(), oldest_carry.data_ptr(), oldest_tile.data_ptr(), 0 if ticket is None else ticket.data_ptr(),
     )  # fmt: skip
-    return Launch("forward", ceil_div(p.queries, config.BLOCK_M) * p.batch * p.heads, params)
+    return Launch("hopper_forward" if config.HOPPER else "forward", ceil_div(p.queries, config.BLOCK_M) * p.batch * p.heads, params)
 
 
 def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
@@ -238,8 +250,8 @@ def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, old
     block_oldest = allocate((chunk_units * group, chunk_rows // block_m), remainder, torch.int32)
     sums = [None if chunk_rows >= p.queries else allocate((chunk_units, p.keys, x.shape[3]), remainder) for x in (dk, dv)]
     fixed = (
-        *(value for x in (call.q, call.k, call.v, dout, dq, dk, dv) for value in _tensor(x)),
-        *_shape(call, call.q.shape[2], p.aligned and is_aligned(dout)),
+        *(value for x in (call.q, call.k, call.v, dout, dq, dk, dv) for value in pack_tensor(x)),
+        *pack_shape(call, call.q.shape[2], p.aligned and is_aligned(dout)),
         *(0 if x is None else x.data_ptr() for x in (remainder, dremainder, oldest_carry, oldest_tile, carry, older, block_oldest, *sums)),
     )  # fmt: skip
     key_tiles = ceil_div(p.keys, config.KEYS_NUM_WARPS * config.KEY_GROUP)
