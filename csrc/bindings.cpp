@@ -1,6 +1,7 @@
 // What Python sees: the table of compiled kernels, and their launch from packed parameters (params.h). Arguments were checked in
 // Python; here only what would crash the process is looked at.
 #include "instances.h"
+#include "params.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -26,6 +27,9 @@ PYBIND11_MODULE(_C, m) {
         return all;
       },
       "The compiled kernels, in the order `launch` counts them.");
+  m.def(
+      "hopper_backward_scratch", [](long long rows, int head_dim) { return sbk::hopper_backward_scratch(rows, head_dim).bytes; },
+      py::arg("rows"), py::arg("head_dim"), "Bytes of scratch the Hopper backward takes for batch * heads * queries rows.");
   m.def(
       "launch",
       [](int instance, int grid, const py::bytes& params, unsigned long long stream, int device) {

@@ -6,6 +6,7 @@
 // multiple of SWIZZLE_BYTES.
 #pragma once
 #include "instructions.cuh"
+#include "params.h"
 
 namespace sbk {
 
@@ -27,12 +28,12 @@ SBK_FN void barrier_arrive(unsigned barrier) { asm volatile("mbarrier.arrive.sha
 SBK_FN void barrier_arrive_expecting(unsigned barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Whether the latest phase of this parity has ended, waiting for it a short while. A phase before the first counts as ended and as
-// odd, so that whoever fills a buffer first waits for nothing.
+// Whether the latest phase of this parity has ended, waiting up to about a microsecond for it. A phase before the first counts as
+// ended and as odd, so that whoever fills a buffer first waits for nothing.
 SBK_FN bool barrier_try_wait(unsigned barrier, int parity) {
   unsigned done;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-               : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3; selp.u32 %0, 1, 0, p;}"
+               : "=r"(done) : "r"(barrier), "r"(parity), "r"(1000) : "memory");
   return done;
 }
 // Until it has, or `limit` tries have been made; whether it has.
@@ -67,6 +68,10 @@ SBK_FN void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: 
 
 SBK_FN void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
+// Of head number batch_entry * heads + head: its first column in a row of the matrix, and its place in the map's last dimension.
+SBK_FN int column_of(const MappedTensor& x, int head, int width) { return head % x.heads_in_row * width; }
+SBK_FN int place_of(const MappedTensor& x, int head) { return head / x.heads_in_row; }
+
 // A map's box at these coordinates (in elements, fastest dimension first) -> shared; the bytes count towards the barrier's phase.
 SBK_FN void load_box(unsigned shared, const void* map, unsigned barrier, int c0, int c1, int c2) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
@@ -88,7 +93,11 @@ SBK_FN void store_box(unsigned shared, const void* map, int c0, int c1, int c2, 
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
                ::"l"(map), "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
-// Floats in shared added to those in global memory, part of this thread's bulk group. Addresses and bytes: multiples of 16.
+// Bytes of shared -> global memory, and floats in shared added to those in global memory, part of this thread's bulk group.
+// Addresses and bytes: multiples of 16.
+SBK_FN void store_bulk(void* global, unsigned shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes) : "memory");
+}
 SBK_FN void reduce_add(float* global, unsigned shared, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
                ::"l"(global), "r"(shared), "r"(bytes) : "memory");
@@ -136,6 +145,16 @@ SBK_FN constexpr int along_k(int k, int slab_bytes) { return further(k / 4 * sla
 SBK_FN constexpr int across_k(int k) { return further(k * 16 * SLAB_ROW_BYTES); }
 
 template <typename T, int N> struct Wgmma;
+template <typename T, int A, int B, int COUNT> SBK_FN void wgmma_add(float (&c)[COUNT], uint64 a, uint64 b, int keep) {
+  Wgmma<T, 2 * COUNT>::template add<A, B>(c, a, b, keep);
+}
+// Step k of a product that starts from nothing.
+template <typename T, int A, int B, int COUNT> SBK_FN void wgmma_step(float (&c)[COUNT], uint64 a, uint64 b, int k) {
+  if (k == 0)
+    Wgmma<T, 2 * COUNT>::template set<A, B>(c, a, b);
+  else
+    Wgmma<T, 2 * COUNT>::template add<A, B>(c, a, b, 1);
+}
 
 // Four functions for each type and N: a from shared memory or from registers; `add` keeps what c holds unless `keep` is 0; `set`
 // does not, and c is an output only.

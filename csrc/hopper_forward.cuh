@@ -1,6 +1,6 @@
 // Forward of stick-breaking attention on compute capability 9.0: equations (1) to (5), as forward.cuh, whose row step it shares.
 //
-//     grid    as many blocks as multiprocessors, each taking a query block a round, longest first within a group of heads
+//     grid    as many blocks as multiprocessors, each taking one query block after the other, longest first within a group of heads
 //     roles   one warp loads: q, and tiles of k and v in permuted key order into STAGES of shared memory; CONSUMERS warpgroups of
 //             64 query rows compute
 //     k, v    whole tiles of BLOCK_N keys from key 0 on: N is a multiple of BLOCK_N
@@ -13,7 +13,7 @@
 
 namespace sbk {
 
-template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_, bool TURNS_> struct HopperForwardConfig {
+template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_, bool TURNS_ = true> struct HopperForwardConfig {
   using T = T_;
   static constexpr int BLOCK_D = BLOCK_D_, CONSUMERS = CONSUMERS_, STAGES = NUM_STAGES_;
   static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = 128, THREADS = 128 * (CONSUMERS + 1);
@@ -33,6 +33,7 @@ template <class C> struct HopperForwardShared {
   alignas(SWIZZLE_BYTES) unsigned char v[C::STAGES][C::KEY_BYTES];
   Barrier q_full, q_empty;
   Barrier k_full[C::STAGES], k_empty[C::STAGES], v_full[C::STAGES], v_empty[C::STAGES];
+  int work;                             // number of the query block in q; beyond the last one: the end
   int stop[C::STAGES];                  // whether the stage of k holds no tile but the end of an early stop
   int used_up[4 * C::CONSUMERS];        // by warp: 1 + the work in which its rows have used up their sticks
 };
@@ -54,9 +55,6 @@ struct Work {
   int m_begin, first_end, tiles_seen;
 };
 
-// The works of a block, one a round: in every other round from the other end, so that no block gets the longer one each time.
-SBK_FN int work_in(int round) { return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x); }
-
 template <class C> SBK_FN Work work_of(const HopperForwardParams& p, int index) {
   const Shape& shape = p.forward.shape;
   const int m_blocks = ceil_div(shape.queries, C::BLOCK_M), heads = shape.batch * shape.heads;
@@ -71,33 +69,39 @@ template <class C> SBK_FN Work work_of(const HopperForwardParams& p, int index) 
 }
 
 template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperForwardShared<C>& shared, int works) {
+  const Shape& shape = p.forward.shape;
   Ring<C::STAGES> keys, values;
-  int q_parity = 0;
-  auto load_keys = [&](unsigned char* tile, const TensorMap& map, const MapIndex& index, const Sequence& at, Barrier& full, int n_tile) {
+  auto load_keys = [&](unsigned char* tile, const MappedTensor& x, const Sequence& at, Barrier& full, int n_tile) {
     const unsigned barrier = shared_address(&full), to = shared_address(tile);
-    const int head = at.head / p.forward.shape.group;
+    const int head = at.batch * (shape.heads / shape.group) + at.head / shape.group;
     barrier_arrive_expecting(barrier, C::KEY_BYTES);
 #pragma unroll
     for (int slab = 0; slab < C::SLABS; slab++)
-      load_box(to + slab * C::KEY_SLAB, &map, barrier, head * index.head_columns + slab * SLAB_COLUMNS, 0, 0, n_tile * C::BLOCK_N / 2,
-               at.batch * index.per_batch + head * index.per_head);
+      load_box(to + slab * C::KEY_SLAB, &x.map, barrier, column_of(x, head, C::BLOCK_D) + slab * SLAB_COLUMNS, 0, 0,
+               n_tile * C::BLOCK_N / 2, place_of(x, head));
   };
-  for (int round = 0; round * gridDim.x < works; round++) {
-    const int w = work_in(round);
-    if (w >= works) break;
+  for (int q_parity = 1;; q_parity ^= 1) {
+    // Take the next query block; the consumers have read the last one's number with its last products of q.
+    barrier_wait(shared_address(&shared.q_empty), q_parity, WAIT_LIMIT);
+    const int w = atomicAdd(p.forward.ticket, 1);
+    const unsigned q_full = shared_address(&shared.q_full);
+    shared.work = w;
+    if (w >= works) {
+      barrier_arrive(q_full);
+      break;
+    }
     const Work work = work_of<C>(p, w);
     const Sequence& at = work.at;
-    const unsigned q_full = shared_address(&shared.q_full);
-    barrier_wait(shared_address(&shared.q_empty), q_parity ^ 1, WAIT_LIMIT);
-    q_parity ^= 1;
+    const int head = at.batch * shape.heads + at.head;
     barrier_arrive_expecting(q_full, C::Q_BYTES);
 #pragma unroll
     for (int slab = 0; slab < C::SLABS; slab++)
-      load_box(shared_address(shared.q) + slab * C::Q_SLAB, &p.q, q_full, at.head * p.q_index.head_columns + slab * SLAB_COLUMNS,
-               work.m_begin, at.batch * p.q_index.per_batch + at.head * p.q_index.per_head);
+      load_box(shared_address(shared.q) + slab * C::Q_SLAB, &p.q.map, q_full, column_of(p.q, head, C::BLOCK_D) + slab * SLAB_COLUMNS,
+               work.m_begin, place_of(p.q, head));
+
     for (int tile = work.tiles_seen - 1; tile >= 0; tile--) {
       barrier_wait(shared_address(&shared.k_empty[keys.stage]), keys.parity ^ 1, WAIT_LIMIT);
-      bool stop = p.forward.shape.skip_below > 0.f && tile < work.tiles_seen - 1;
+      bool stop = shape.skip_below > 0.f && tile < work.tiles_seen - 1;
 #pragma unroll
       for (int i = 0; i < 4 * C::CONSUMERS; i++) stop = stop && *(volatile int*)&shared.used_up[i] == w + 1;
       shared.stop[keys.stage] = stop;
@@ -106,10 +110,10 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
         keys.advance();
         break;
       }
-      load_keys(shared.k[keys.stage], p.k, p.k_index, at, shared.k_full[keys.stage], tile);
+      load_keys(shared.k[keys.stage], p.k, at, shared.k_full[keys.stage], tile);
       keys.advance();
       barrier_wait(shared_address(&shared.v_empty[values.stage]), values.parity ^ 1, WAIT_LIMIT);
-      load_keys(shared.v[values.stage], p.v, p.v_index, at, shared.v_full[values.stage], tile);
+      load_keys(shared.v[values.stage], p.v, at, shared.v_full[values.stage], tile);
       values.advance();
     }
   }
@@ -126,7 +130,6 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   const float scale_log2 = shape.scale * LOG2_E;
   const uint64 q_rows = operand(shared_address(shared.q) + consumer * 64 * SLAB_ROW_BYTES, 16);
   Ring<C::STAGES> keys, values;
-  int q_parity = 0;
   // Turns: barrier 1 + i is consumer i's, and starts with the first.
   auto take_turn = [&] {
     if (C::TURNS) named_sync(1 + consumer, 256);
@@ -136,8 +139,9 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   };
   if (consumer == C::CONSUMERS - 1) pass_turn();
 
-  for (int round = 0; round * gridDim.x < works; round++) {
-    const int w = work_in(round);
+  for (int q_parity = 0;; q_parity ^= 1) {
+    barrier_wait(shared_address(&shared.q_full), q_parity, WAIT_LIMIT);
+    const int w = __shfl_sync(ALL_LANES, shared.work, 0);
     if (w >= works) break;
     const Work work = work_of<C>(p, w);
     float s[C::BLOCK_N / 2], out[C::BLOCK_D / 2];
@@ -183,8 +187,6 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
     };
 
     // The newest tile.
-    barrier_wait(shared_address(&shared.q_full), q_parity, WAIT_LIMIT);
-    q_parity ^= 1;
     barrier_wait(shared_address(&shared.k_full[keys.stage]), keys.parity, WAIT_LIMIT);
     take_turn();
     wgmma_fence();
@@ -258,8 +260,8 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __grid_constant__ HopperForwardParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // other architectures get an empty kernel, which nobody launches
-  extern __shared__ __align__(SWIZZLE_BYTES) unsigned char raw[];
-  auto& shared = *reinterpret_cast<HopperForwardShared<C>*>(raw);
+  extern __shared__ __align__(SWIZZLE_BYTES) unsigned char hopper_shared[];
+  auto& shared = *reinterpret_cast<HopperForwardShared<C>*>(hopper_shared);
   const Shape& shape = p.forward.shape;
   const int works = shape.batch * shape.heads * ceil_div(shape.queries, C::BLOCK_M);
   const int role = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);  // NOTE: so that the compiler knows it to be uniform

@@ -2,6 +2,7 @@
 #include "backward_keys.cuh"
 #include "backward_queries.cuh"
 #include "forward.cuh"
+#include "hopper_backward.cuh"
 #include "hopper_forward.cuh"
 #include "instances.h"
 #include "tensor_map.h"
@@ -15,7 +16,7 @@ constexpr bool IS_HALF = std::is_same<T, half>::value;
 
 template <typename Params> void add(const char* kernel, int block_d, void (*function)(Params), int threads, int shared_bytes,
                                     std::vector<std::pair<std::string, int>> config, int packed_bytes = sizeof(Params),
-                                    void (*prepare)(const void*, void*) = nullptr) {
+                                    Clear (*prepare)(const void*, void*) = nullptr) {
   static_assert(sizeof(Params) <= MAX_PARAMS_BYTES);
   instances().push_back({kernel, IS_HALF ? "float16" : "bfloat16", block_d, std::move(config), reinterpret_cast<const void*>(function),
                          threads, shared_bytes, packed_bytes, prepare});
@@ -40,39 +41,80 @@ template <int BLOCK_D, int BLOCK_M, int ROWS, int NUM_WARPS, int NUM_STAGES, int
 }
 
 #ifdef SBK_SM90A  // defined where sm_90a is among the architectures
-constexpr int64 L2_BUDGET = 24 << 20;  // bytes of keys and values that blocks side by side should share
+[[maybe_unused]] constexpr int64 L2_BUDGET = 24 << 20;  // bytes of keys and values that blocks side by side should share
+[[maybe_unused]] constexpr int HEADS_IN_CHAIN = 64;     // heads whose tiles are taken in turns: enough that no tile waits for the one before it
 
-template <class C> void prepare_hopper_forward(const void* packed, void* params) {
+// Heads whose keys and values fit, at least one.
+[[maybe_unused]] int heads_side_by_side(const Shape& shape) { return int(L2_BUDGET / (int64(shape.keys) * (shape.head_dim + shape.value_dim) * sizeof(T))) + 1; }
+
+template <class C> Clear prepare_hopper_forward(const void* packed, void* params) {
   auto& made = *static_cast<HopperForwardParams*>(params);
   const auto& p = made.forward = *static_cast<const ForwardParams*>(packed);
   const Shape& shape = p.shape;
   const int kv_heads = shape.heads / shape.group;
-  made.q_index = map_rows(made.q, "q", p.q, IS_HALF, shape.batch, shape.heads, shape.queries, shape.head_dim, C::BLOCK_M);
-  made.k_index = map_keys(made.k, "k", p.k, IS_HALF, shape.batch, kv_heads, shape.keys, shape.head_dim, C::BLOCK_N);
-  made.v_index = map_keys(made.v, "v", p.v, IS_HALF, shape.batch, kv_heads, shape.keys, shape.value_dim, C::BLOCK_N);
-  made.head_group = L2_BUDGET / (int64(shape.keys) * C::BLOCK_D * 4) + 1;
+  made.q = map_rows("q", p.q, IS_HALF, shape.batch, shape.heads, shape.queries, shape.head_dim, C::BLOCK_M);
+  made.k = map_keys("k", p.k, IS_HALF, shape.batch, kv_heads, shape.keys, shape.head_dim, C::BLOCK_N);
+  made.v = map_keys("v", p.v, IS_HALF, shape.batch, kv_heads, shape.keys, shape.value_dim, C::BLOCK_N);
+  made.head_group = heads_side_by_side(shape);
+  return {p.ticket, sizeof(int)};
 }
 
-template <int BLOCK_D, int CONSUMERS, int NUM_STAGES, bool TURNS> void hopper_forward() {
-  using C = HopperForwardConfig<T, BLOCK_D, CONSUMERS, NUM_STAGES, TURNS>;
+template <int BLOCK_D, int CONSUMERS, int NUM_STAGES> void hopper_forward() {
+  using C = HopperForwardConfig<T, BLOCK_D, CONSUMERS, NUM_STAGES>;
   add("hopper_forward", BLOCK_D, hopper_forward_kernel<C>, C::THREADS, sizeof(HopperForwardShared<C>),
-      {{"BLOCK_M", C::BLOCK_M}, {"BLOCK_N", C::BLOCK_N}, {"NUM_WARPS", C::THREADS / 32}, {"NUM_STAGES", NUM_STAGES}, {"TURNS", TURNS}}, sizeof(ForwardParams),
+      {{"BLOCK_M", C::BLOCK_M}, {"BLOCK_N", C::BLOCK_N}, {"NUM_WARPS", C::THREADS / 32}, {"NUM_STAGES", NUM_STAGES}}, sizeof(ForwardParams),
       prepare_hopper_forward<C>);
+}
+
+template <bool MAPS> Clear prepare_hopper_backward(const void* packed, void* params) {
+  auto& made = *static_cast<HopperBackwardParams*>(params);
+  const auto& p = *static_cast<const HopperBackwardArguments*>(packed);
+  const Shape& shape = p.shape;
+  const int B = shape.batch, H = shape.heads, M = shape.queries, N = shape.keys, D = shape.head_dim;
+  if (MAPS) {
+    made.q = map_rows("q", p.q, IS_HALF, B, H, M, D, HOPPER_BLOCK_M);
+    made.dout = map_rows("dout", p.dout, IS_HALF, B, H, M, D, HOPPER_BLOCK_M);
+    made.k = map_keys("k", p.k, IS_HALF, B, H, N, D, HOPPER_BLOCK_N / 2);
+    made.v = map_keys("v", p.v, IS_HALF, B, H, N, D, HOPPER_BLOCK_N / 2);
+    made.dk = map_keys("dk", p.dk, IS_HALF, B, H, N, D, HOPPER_BLOCK_N / 2);
+    made.dv = map_keys("dv", p.dv, IS_HALF, B, H, N, D, HOPPER_BLOCK_N / 2);
+  }
+  made.dq = p.dq;
+  made.shape = shape;
+  made.remainder = p.remainder;
+  made.dremainder = p.dremainder;
+  made.oldest_carry = p.oldest_carry;
+  made.oldest_tile = p.oldest_tile;
+  const HopperBackwardScratch at = hopper_backward_scratch(int64(B) * H * M, D);
+  char* scratch = static_cast<char*>(p.scratch);
+  made.dq_sum = reinterpret_cast<float*>(scratch + at.dq_sum);
+  made.state = reinterpret_cast<float*>(scratch + at.state);
+  made.block_oldest = reinterpret_cast<int*>(scratch + at.block_oldest);
+  made.state_turn = reinterpret_cast<int*>(scratch + at.state_turn);
+  made.dq_turn = reinterpret_cast<int*>(scratch + at.dq_turn);
+  made.ticket = reinterpret_cast<int*>(scratch + at.ticket);
+  made.error = p.error;
+  made.heads_per_group = HEADS_IN_CHAIN;
+  return {nullptr, 0};
+}
+
+template <int BLOCK_D> void hopper_backward() {
+  using C = HopperBackwardConfig<T, BLOCK_D>;
+  constexpr int BYTES = sizeof(HopperBackwardArguments);
+  add("hopper_backward_begin", BLOCK_D, hopper_backward_begin_kernel, HOPPER_EDGE_THREADS, 0, {}, BYTES, prepare_hopper_backward<false>);
+  add("hopper_backward", BLOCK_D, hopper_backward_kernel<C>, C::THREADS, sizeof(hopper_backward::Shared<C>), {}, BYTES,
+      prepare_hopper_backward<true>);
+  add("hopper_backward_end", BLOCK_D, hopper_backward_end_kernel<T, BLOCK_D>, HOPPER_EDGE_THREADS, 0, {}, BYTES,
+      prepare_hopper_backward<false>);
 }
 #endif
 
 // The table: the first line of each kernel is the default for the width.
 template <int D> bool add_all() {
 #ifdef SBK_SM90A
-  if constexpr (D == 64) {
-    hopper_forward<D, 2, 2, true>();
-    hopper_forward<D, 2, 4, true>();
-    hopper_forward<D, 2, 4, false>();
-    hopper_forward<D, 3, 4, true>();
-  } else if constexpr (D == 128) {
-    hopper_forward<D, 2, 2, true>();
-    hopper_forward<D, 2, 3, true>();
-    hopper_forward<D, 2, 3, false>();
+  if constexpr (D <= 128) {
+    hopper_forward<D, 2, 2>();
+    hopper_backward<D>();
   }
 #endif
   if constexpr (D == 64) {

@@ -6,14 +6,19 @@
 
 namespace sbk {
 
+struct Clear {
+  void* data;
+  size_t bytes;
+};
+
 struct Instance {
   std::string kernel, dtype;  // "forward", "backward_queries", "backward_keys"; "float16", "bfloat16"
   int block_d;                // widest D and Dv
   std::vector<std::pair<std::string, int>> config;
   const void* function;
   int threads, shared_bytes, params_bytes;
-  // Makes what the kernel takes out of what Python packs; null where that is the same.
-  void (*prepare)(const void* packed, void* params) = nullptr;
+  // Makes what the kernel takes out of what Python packs, and says what is to be zero before; null where there is nothing to do.
+  Clear (*prepare)(const void* packed, void* params) = nullptr;
 };
 constexpr int MAX_PARAMS_BYTES = 4096;  // of a kernel
 

@@ -79,6 +79,7 @@ template <bool TRANSPOSED> SBK_FN void load_matrices(unsigned (&r)[4], unsigned 
 }
 
 SBK_FN void store_shared(unsigned address, unsigned short x) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(x) : "memory"); }
+SBK_FN void store_shared(unsigned address, unsigned x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 SBK_FN float load_shared(unsigned address) {
   float x; asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory"); return x;
 }

@@ -56,7 +56,10 @@ void launch(int instance, int grid, const void* params, unsigned long long strea
   const OnDevice on(device);
   if (it.shared_bytes > STATIC_SHARED_LIMIT) allow_shared(instance, device);
   alignas(128) unsigned char prepared[MAX_PARAMS_BYTES];
-  if (it.prepare != nullptr) it.prepare(params, prepared);
+  if (it.prepare != nullptr) {
+    const Clear clear = it.prepare(params, prepared);
+    if (clear.bytes) check(cudaMemsetAsync(clear.data, 0, clear.bytes, reinterpret_cast<cudaStream_t>(stream)), it.kernel + ": cudaMemsetAsync");
+  }
   void* arguments[] = {it.prepare != nullptr ? prepared : const_cast<void*>(params)};
   check(cudaLaunchKernel(it.function, dim3(grid), dim3(it.threads), arguments, it.shared_bytes, reinterpret_cast<cudaStream_t>(stream)),
         it.kernel + " on device " + std::to_string(device));

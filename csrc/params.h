@@ -31,6 +31,7 @@ struct ForwardParams {
   float* remainder;     // r, eq. (5)
   float* oldest_carry;  // per row: the carry on entry of its oldest_tile (see math.cuh)
   int* oldest_tile;     // per row: the oldest visited key tile in which it still had stick left
+  int* ticket;          // Hopper: the next query block to take, 0 at the start
 };
 
 struct BackwardParams {
@@ -52,20 +53,63 @@ struct BackwardParams {
   int first_rows, last_rows;  // whether this chunk holds the first and the last rows
 };
 
-// What the copy engine needs to know of a tensor (a CUtensorMap), and how batch entries and heads are found through it.
+// ---- Hopper: what the launcher makes of packed parameters for kernels that load through tensor maps ----
+
+// An encoded CUtensorMap, and how many heads lie side by side in a row of the matrix it describes: 1 for [B * H, rows, D], H for
+// [B, rows, H * D].
 struct alignas(128) TensorMap {
   unsigned char opaque[128];
 };
-struct MapIndex {
-  int head_columns;            // first column of head h: h * head_columns ...
-  int per_batch, per_head;     // ... in slice b * per_batch + h * per_head, the slowest coordinate
+struct MappedTensor {
+  TensorMap map;
+  int heads_in_row;
 };
 
 struct HopperForwardParams {
-  TensorMap q, k, v;
+  MappedTensor q, k, v;
   ForwardParams forward;
-  MapIndex q_index, k_index, v_index;
   int head_group;  // heads whose blocks are worked on side by side, so that their keys and values stay in the L2 cache
+};
+
+// What Python packs for the backward.
+struct HopperBackwardArguments {
+  Tensor q, k, v, dout, dq, dk, dv;
+  Shape shape;
+  const float* remainder;
+  const float* dremainder;
+  const float* oldest_carry;
+  const int* oldest_tile;
+  void* scratch;  // of hopper_backward_scratch
+  int* error;     // set to a nonzero code if a wait ran out; results are then void
+};
+
+#if !defined(__CUDACC_RTC__)  // which takes no host functions
+// Scratch: byte offsets in one piece of memory, for rows = batch * heads * queries.
+struct HopperBackwardScratch {
+  int64 dq_sum, state, block_oldest, state_turn, dq_turn, ticket, bytes;
+};
+constexpr HopperBackwardScratch hopper_backward_scratch(int64 rows, int head_dim) {
+  const int64 state = rows * head_dim * 4, ints = rows / 64 * 4, block_oldest = state + rows * 8, ticket = block_oldest + 3 * ints;
+  return {0, state, block_oldest, block_oldest + ints, block_oldest + 2 * ints, ticket, ticket + 16};
+}
+#endif
+
+struct HopperBackwardParams {
+  MappedTensor q, dout, k, v, dk, dv;  // see hopper_backward.cuh
+  Tensor dq;
+  Shape shape;
+  const float* remainder;
+  const float* dremainder;    // null: 0
+  const float* oldest_carry;  // of tiles of 128 keys
+  const int* oldest_tile;
+  float* dq_sum;      // [B * H, M / 64, 2, 64 * D / 2]: q's gradient before scaling, in the order of the products' registers
+  float* state;       // [B * H, M, 2]: per row, the carry on entry of the last tile done, and dr r + sum of a over the tiles done
+  int* block_oldest;  // [B * H, M / 64]: oldest tile a block of 64 queries visits
+  int* state_turn;    // [B * H, M / 64]: the tile whose turn it is to take the block's state ...
+  int* dq_turn;       // [B * H, M / 64]: ... and to add to its dq_sum
+  int* ticket;
+  int* error;           // set to a nonzero code if a wait ran out; results are then void
+  int heads_per_group;  // heads whose tiles are taken in turns
 };
 
 }  // namespace sbk

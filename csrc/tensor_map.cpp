@@ -25,19 +25,16 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return found;
 }
 
-// A map has one slowest dimension for batch entries and heads. They fold into it where one's stride is a multiple of the other's
-// extent; or heads lie side by side within a row, and fold into the columns.
+// A map has one slowest dimension for batch entries and heads: either they fold into it, or the heads lie side by side in a row.
 struct Fold {
-  MapIndex index;
+  int heads_in_row;
   int64 columns, slices, slice_stride;
 };
 
 Fold fold(const char* name, const Tensor& x, int batch, int heads, int width) {
-  const int64 columns = (heads - 1) * x.stride_h + width;
-  if (x.stride_h != 0 && (heads == 1 || batch == 1 || x.stride_b == heads * x.stride_h))
-    return {{0, batch == 1 ? 0 : (heads == 1 ? 1 : heads), 1}, width, int64(batch) * heads, heads == 1 ? x.stride_b : x.stride_h};
-  if (columns <= x.stride_row) return {{int(x.stride_h), 1, 0}, columns, batch, x.stride_b};
-  if (x.stride_h == batch * x.stride_b) return {{0, 1, batch}, width, int64(batch) * heads, x.stride_b};
+  if (heads == 1 && x.stride_b > 0) return {1, width, batch, x.stride_b};
+  if (x.stride_h > 0 && (batch == 1 || x.stride_b == heads * x.stride_h)) return {1, width, int64(batch) * heads, x.stride_h};
+  if (x.stride_h == width && x.stride_b > 0) return {heads, int64(heads) * width, batch, x.stride_b};
   throw std::invalid_argument(std::string(name) + " has strides " + std::to_string(x.stride_b) + ", " + std::to_string(x.stride_h) + ", " +
                               std::to_string(x.stride_row) + " for batch, heads, rows: expected batch and heads to fold into one dimension");
 }
@@ -59,18 +56,20 @@ void encode(TensorMap& map, const char* name, const Tensor& x, bool is_half, con
 
 }  // namespace
 
-MapIndex map_rows(TensorMap& map, const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int box_rows) {
+MappedTensor map_rows(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int box_rows) {
   const Fold f = fold(name, x, batch, heads, width);
-  encode<3>(map, name, x, is_half, {cuuint64_t(f.columns), cuuint64_t(rows), cuuint64_t(f.slices)}, {x.stride_row, f.slice_stride},
+  MappedTensor made = {{}, f.heads_in_row};
+  encode<3>(made.map, name, x, is_half, {cuuint64_t(f.columns), cuuint64_t(rows), cuuint64_t(f.slices)}, {x.stride_row, f.slice_stride},
             {MAP_COLUMNS, cuuint32_t(box_rows), 1});
-  return f.index;
+  return made;
 }
 
-MapIndex map_keys(TensorMap& map, const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block) {
+MappedTensor map_keys(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block) {
   const Fold f = fold(name, x, batch, heads, width);
-  encode<5>(map, name, x, is_half, {cuuint64_t(f.columns), 2, 4, cuuint64_t(rows / 2), cuuint64_t(f.slices)},
+  MappedTensor made = {{}, f.heads_in_row};
+  encode<5>(made.map, name, x, is_half, {cuuint64_t(f.columns), 2, 4, cuuint64_t(rows / 2), cuuint64_t(f.slices)},
             {x.stride_row, block / 4 * x.stride_row, 2 * x.stride_row, f.slice_stride}, {MAP_COLUMNS, 2, 4, cuuint32_t(block / 8), 1});
-  return f.index;
+  return made;
 }
 
 }  // namespace sbk

@@ -8,9 +8,9 @@ constexpr int MAP_COLUMNS = 64;  // of a box: rows of 128 bytes, swizzled
 
 // Rows of a tensor [batch, heads, rows, width] of 16-bit elements (is_half: float16, else bfloat16) in boxes of box_rows by 64.
 // std::invalid_argument, naming the tensor, if its strides are beyond what a map can say (see fold in tensor_map.cpp).
-MapIndex map_rows(TensorMap& map, const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int box_rows);
+MappedTensor map_rows(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int box_rows);
 
 // The same in boxes of `block` rows in the key order of tile.cuh: block / 4 rows apart for each of 4 runs, in pairs.
-MapIndex map_keys(TensorMap& map, const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block);
+MappedTensor map_keys(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block);
 
 }  // namespace sbk

@@ -10,6 +10,7 @@ import functools
 import torch
 
 from ..problem import Problem
+from . import hopper
 from .base import Call
 from .launches import DTYPES, CudaBackward, CudaForward, KernelBackend, Launch
 
@@ -35,14 +36,50 @@ class CudaBackend(KernelBackend):
     name = "cuda"
 
     def shared_bytes(self, problem: Problem, kernel: str, config):
-        width = compiled_width(max(problem.head_dim, problem.value_dim))
+        width = compiled_width(problem)
         instance = INSTANCES.get(_key(kernel, problem.dtype, width, config.of(kernel)))
         if instance is None:
             return f"{kernel} with {config.of(kernel)} is not among the kernels that were compiled for D up to {width}"
         return instance[1]
 
     def config_pairs(self, problem: Problem):
-        return _config_pairs(compiled_width(max(problem.head_dim, problem.value_dim)))
+        return _config_pairs(compiled_width(problem))
+
+    def default_config(self, problem: Problem):
+        config = _hopper_config(compiled_width(problem), problem.direction)
+        if config is not None and hopper.not_covered(problem) is None:
+            return config
+        return super().default_config(problem)
+
+    def variants(self, problem: Problem):
+        hopper_built = _hopper_config(compiled_width(problem), problem.direction) is not None
+        return {"portable": super().default_config(problem)} if hopper_built else {}
+
+    def illegal(self, problem: Problem, config) -> str | None:
+        if config.HOPPER:
+            reason = hopper.not_covered(problem)
+            if reason is None and config != _hopper_config(compiled_width(problem), problem.direction):
+                reason = "was not compiled"
+            return reason and f"the Hopper kernel {reason}"
+        return super().illegal(problem, config)
+
+    def forward(self, call: Call, config: CudaForward):
+        if not config.HOPPER:
+            return super().forward(call, config)
+        out, remainder = call.empty_out(), call.empty_statistic()
+        saved = (call.empty_statistic(), call.empty_statistic(torch.int32))
+        self.launch(call, config, hopper.plan_forward(call, config, out, remainder, *saved))
+        return out, remainder, saved
+
+    def backward(self, call: Call, config: CudaBackward, remainder, saved, dout, dremainder):
+        if not config.HOPPER:
+            return super().backward(call, config, remainder, saved, dout, dremainder)
+        hopper.raise_errors(call.q.device)
+        dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
+        arguments = (remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv)
+        for launch in hopper.plan_backward(call, _C.hopper_backward_scratch, *arguments):
+            self.launch(call, config, launch)
+        return dq, dk, dv
 
     def versions(self):
         return {"cuda kernels": f"{len(INSTANCES)} compiled"}
@@ -50,19 +87,33 @@ class CudaBackend(KernelBackend):
     def launch(self, call: Call, config, launch: Launch) -> None:
         if launch.grid:
             problem, index = call.problem, call.q.device.index
-            number = _number(launch.kernel, problem.dtype, max(problem.head_dim, problem.value_dim), config)
+            number = _number(launch.kernel, problem.dtype, compiled_width(problem), config)
             _C.launch(number, launch.grid, launch.params, torch.cuda.current_stream(index).cuda_stream, index)
 
 
-def compiled_width(head_dim: int) -> int:
-    """The compiled BLOCK_D that holds the larger of D and Dv."""
+def compiled_width(problem: Problem) -> int:
+    """The compiled BLOCK_D that holds D and Dv."""
+    return _compiled_width(max(problem.head_dim, problem.value_dim))
+
+
+@functools.cache
+def _compiled_width(head_dim: int) -> int:
     return next(width for width in WIDTHS if width >= head_dim)
 
 
 @functools.cache
-def _number(kernel: str, dtype: str, head_dim: int, config) -> int:
+def _number(kernel: str, dtype: str, width: int, config) -> int:
     """The instance to launch, found once for each kind of call."""
-    return INSTANCES[_key(kernel, dtype, compiled_width(head_dim), config.of(kernel))][0]
+    return INSTANCES[_key(kernel, dtype, width, config.of(kernel))][0]
+
+
+@functools.cache
+def _hopper_config(width: int, direction: str) -> CudaForward | CudaBackward | None:
+    """The config of the Hopper kernels of a width, if they were compiled."""
+    for it in _C.instances():
+        if it["kernel"] == f"hopper_{direction}" and it["block_d"] == width:
+            return CudaForward(**it["config"], HOPPER=True) if direction == "forward" else CudaBackward(HOPPER=True)
+    return None
 
 
 @functools.cache

@@ -19,7 +19,8 @@ from .base import Backend, Call, allocate
 
 TENSOR = "4q"
 SHAPE = "q10i2f"
-FORWARD_PARAMS = struct.Struct("=" + 4 * TENSOR + SHAPE + "3q")
+FORWARD_PARAMS = struct.Struct("=" + 4 * TENSOR + SHAPE + "4q")
+HOPPER_BACKWARD_ARGUMENTS = struct.Struct("=" + 7 * TENSOR + SHAPE + "6q")
 BACKWARD_PARAMS = struct.Struct("=" + 7 * TENSOR + SHAPE + "9q7i4x")
 KERNELS = {"forward": ("forward",), "backward": ("backward_queries", "backward_keys")}  # by direction
 DTYPES = ("float16", "bfloat16")
@@ -34,16 +35,17 @@ MAX_BLOCK_N = 128
 
 @dataclasses.dataclass(frozen=True)
 class CudaForward:
-    """Tile sizes and launch options of the forward kernel (csrc/forward.cuh)."""
+    """Tile sizes and launch options of the forward kernel: csrc/forward.cuh or, with HOPPER, csrc/hopper_forward.cuh."""
 
     BLOCK_M: int
     BLOCK_N: int
     NUM_WARPS: int
     NUM_STAGES: int
+    HOPPER: bool = False
 
     def of(self, kernel: str) -> dict[str, int]:
         """Options of "forward" by their names in csrc."""
-        return vars(self)
+        return {name: value for name, value in vars(self).items() if name != "HOPPER"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +53,26 @@ class CudaBackward:
     """Tile sizes and launch options of the two backward kernels: QUERIES (csrc/backward_queries.cuh) and KEYS (backward_keys.cuh).
 
     KEY_GROUP keys share a state; QUERIES_BLOCK_N must be the forward's BLOCK_N, whose tiles it counts in. KEYS_ROWS query rows
-    are worked on at a time; KEYS_SPLIT blocks share the columns of dk and dv.
+    are worked on at a time; KEYS_SPLIT blocks share the columns of dk and dv. With HOPPER, csrc/hopper_backward.cuh, which has
+    tiles of its own: nothing else is given.
     """
 
-    KEY_GROUP: int
-    QUERIES_BLOCK_M: int
-    QUERIES_BLOCK_N: int
-    QUERIES_NUM_WARPS: int
-    QUERIES_NUM_STAGES: int
-    KEYS_BLOCK_M: int
-    KEYS_ROWS: int
-    KEYS_NUM_WARPS: int
-    KEYS_NUM_STAGES: int
-    KEYS_SPLIT: int
+    KEY_GROUP: int = 0
+    QUERIES_BLOCK_M: int = 0
+    QUERIES_BLOCK_N: int = 0
+    QUERIES_NUM_WARPS: int = 0
+    QUERIES_NUM_STAGES: int = 0
+    KEYS_BLOCK_M: int = 0
+    KEYS_ROWS: int = 0
+    KEYS_NUM_WARPS: int = 0
+    KEYS_NUM_STAGES: int = 0
+    KEYS_SPLIT: int = 0
+    HOPPER: bool = False
 
     def of(self, kernel: str) -> dict[str, int]:
         """Options of "backward_queries" or "backward_keys" by their names in csrc."""
+        if self.HOPPER:
+            return {}
         prefix = {"backward_queries": "QUERIES_", "backward_keys": "KEYS_"}[kernel]
         values = {name: value for name, value in vars(self).items() if name.startswith(prefix)}
         return {"KEY_GROUP": self.KEY_GROUP} | {name.removeprefix(prefix): value for name, value in values.items()}
@@ -133,7 +139,9 @@ class KernelBackend(Backend):
         return None
 
     def mismatch(self, forward: CudaForward, backward: CudaBackward) -> str | None:
-        if forward.BLOCK_N != backward.QUERIES_BLOCK_N:
+        if forward.HOPPER != backward.HOPPER:
+            return f"HOPPER={forward.HOPPER} forward and {backward.HOPPER} backward: expected the same"
+        if not forward.HOPPER and forward.BLOCK_N != backward.QUERIES_BLOCK_N:
             return f"BLOCK_N={forward.BLOCK_N} forward and QUERIES_BLOCK_N={backward.QUERIES_BLOCK_N} backward: expected the same"
         return None
 
@@ -198,12 +206,12 @@ def shared_limit(device: str) -> int:
     return SHARED_LIMIT.get(torch.cuda.get_device_capability(device), SHARED_LIMIT_ELSEWHERE)
 
 
-def _tensor(x: torch.Tensor) -> tuple[int, int, int, int]:
+def pack_tensor(x: torch.Tensor) -> tuple[int, int, int, int]:
     stride_b, stride_h, stride_row, _ = x.stride()
     return x.data_ptr(), stride_b, stride_h, stride_row
 
 
-def _shape(call: Call, aligned: bool) -> tuple:
+def pack_shape(call: Call, aligned: bool) -> tuple:
     p = call.problem
     cu_seqlens = 0 if call.cu_seqlens is None else call.cu_seqlens.data_ptr()
     return (
@@ -216,15 +224,15 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def plan_forward(call: Call, config: CudaForward, out, remainder, oldest_carry, oldest_tile) -> Launch:
+def plan_forward(call: Call, config: CudaForward, out, remainder, oldest_carry, oldest_tile, ticket=None) -> Launch:
     """The forward's only launch."""
     p = call.problem
     params = FORWARD_PARAMS.pack(
-        *_tensor(call.q), *_tensor(call.k), *_tensor(call.v), *_tensor(out),
-        *_shape(call, p.aligned),
-        remainder.data_ptr(), oldest_carry.data_ptr(), oldest_tile.data_ptr(),
+        *pack_tensor(call.q), *pack_tensor(call.k), *pack_tensor(call.v), *pack_tensor(out),
+        *pack_shape(call, p.aligned),
+        remainder.data_ptr(), oldest_carry.data_ptr(), oldest_tile.data_ptr(), 0 if ticket is None else ticket.data_ptr(),
     )  # fmt: skip
-    return Launch("forward", ceil_div(p.queries, config.BLOCK_M) * p.batch * p.heads, params)
+    return Launch("hopper_forward" if config.HOPPER else "forward", ceil_div(p.queries, config.BLOCK_M) * p.batch * p.heads, params)
 
 
 def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
@@ -241,8 +249,8 @@ def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, old
     sums = [None if chunk_rows >= p.queries else allocate((chunk_units, p.keys, x.shape[3]), remainder) for x in (dk, dv)]
     statistics_and_scratch = (remainder, dremainder, oldest_carry, oldest_tile, carry, older, block_oldest, *sums)
     fixed = (
-        *(value for x in (call.q, call.k, call.v, dout, dq, dk, dv) for value in _tensor(x)),
-        *_shape(call, p.aligned and is_aligned(dout)),
+        *(value for x in (call.q, call.k, call.v, dout, dq, dk, dv) for value in pack_tensor(x)),
+        *pack_shape(call, p.aligned and is_aligned(dout)),
         *(0 if x is None else x.data_ptr() for x in statistics_and_scratch),
     )
     key_tiles = ceil_div(p.keys, config.KEYS_NUM_WARPS * config.KEY_GROUP)

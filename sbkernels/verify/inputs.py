@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -156,6 +157,10 @@ def cases(large: bool) -> list[Case]:
         Case(regime, M=300, N=300, D=64, Dv=64, attend_current=current, skip=skip)
         for regime in REGIMES
         for current, skip in ((False, False), (True, True))
+    ]
+    found += [
+        Case(regime, M=384, N=384, D=dim, Dv=dim, attend_current=i % 2 == 1, skip=i % 3 == 0, layout=LAYOUTS[i % len(LAYOUTS)])
+        for i, (regime, dim) in enumerate(itertools.product(REGIMES, (64, 128)))
     ]
     found += [Case(M=n, N=n, attend_current=n % 2 == 0, skip=n > TILE) for n in edges]
     found += [Case(M=m, N=n, attend_current=m % 2 == 0) for m, n in ((1, 2), (1, 200), (2, 65), (64, 128), (63, 500), (500, 501))]

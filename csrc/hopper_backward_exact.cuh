@@ -1,0 +1,98 @@
+// Backward on Hopper: rows of hopper_backward.cuh's tiles whose logits are too large for one reciprocal a run (math.cuh). Each half
+// of a row chooses for itself, by its 4 lanes, so that no row depends on others.
+#pragma once
+#include "hopper.cuh"
+#include "tile.cuh"
+
+namespace sbk {
+namespace hopper_backward {
+
+// Where key t of the run of a thread's row r lies among the 32 elements of its accumulator.
+SBK_FN constexpr int element(int t, int r) { return t / 2 * 4 + 2 * r + t % 2; }
+
+// A half's 4 runs of a row.
+struct HalfScan {
+  float older;  // excess of the runs older than the lane's; of exact rows see scan_exactly
+  float total;  // excess of all 4
+};
+
+// Rows (bits) of this quad whose runs are not all simple; bit 2: some row of the warp is such.
+SBK_FN int find_exact_rows(const float (&excess)[2], int lane) {
+  if (__all_sync(0xffffffffu, excess[0] < SIMPLE_LIMIT && excess[1] < SIMPLE_LIMIT)) return 0;
+  int found = 4;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const unsigned lanes = __ballot_sync(0xffffffffu, !(excess[r] < SIMPLE_LIMIT));
+    found |= (lanes >> (lane & 28) & 15) != 0 ? 1 << r : 0;
+  }
+  return found;
+}
+
+// An exact path's product of 1 - beta as an excess. That of a used-up stick is still finite, so that 0 times it is 0.
+SBK_FN float excess_of(float rest) { return rest < MIN_STICK * MIN_STICK ? 1.7e38f : rcp(rest) - 1.f; }
+
+// Products of 1 - beta, for scan_newer.
+struct Rests {
+  using Total = float;
+  static SBK_FN float identity() { return 1.f; }
+  static SBK_FN float combine(float x, float y) { return x * y; }
+  static SBK_FN float from_lane(float x, int mask) { return from_lane_xor(x, mask); }
+  static SBK_FN void settle(float&, float) {}
+};
+
+// Cuts the exact rows' e and scans them for walks from the newest key. `older`: where the carry is < 0 (encode_carry) the share
+// that the newer runs leave of the stick on entry of the half, elsewhere the excess of the older runs and the lane's own.
+template <int R> SBK_FN void scan_exactly(float (&e)[2 * R], HalfScan (&scans)[2], int exact, const float (&carry)[2], int q) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float cut[R], rest = 1.f;
+#pragma unroll
+    for (int t = 0; t < R; t++) {
+      cut[t] = min_nan(e[element(t, r)], MAX_E);
+      rest *= rcp(1.f + cut[t]);
+    }
+    const Scan<float> newer = scan_newer<Rests>(rest, q), older = scan_newer<Rests>(rest, 3 - q);
+    if (exact >> r & 1) {
+      scans[r] = {carry[r] < 0.f ? newer.before : excess_of(older.before * rest), excess_of(newer.total)};
+#pragma unroll
+      for (int t = 0; t < R; t++) e[element(t, r)] = cut[t];
+    }
+  }
+}
+
+// What the walk in consume() does, for a warp with exact rows: those are walked from the newest key, as in MixedPath::weights, the
+// others as ever. weights: the lane's first row.
+template <typename T, int R>
+SBK_FN void walk_exactly(const float (&e)[2 * R], float (&dA)[2 * R], const float (&start)[2], int exact, unsigned weights,
+                         int lane) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const unsigned row = weights + r * 8 * SLAB_ROW_BYTES + lane % 4 * 4;
+    float left = start[r];
+    if (exact >> r & 1) {
+#pragma unroll
+      for (int t = R - 2; t >= 0; t -= 2) {
+        const float e0 = e[element(t, r)], e1 = e[element(t + 1, r)];
+        const float left1 = left * rcp(1.f + e1);
+        left = left1 * rcp(1.f + e0);
+        store_shared(row + ((t / 2 ^ lane / 4) << 4), pack<T>(left * e0, left1 * e1));
+        dA[element(t, r)] *= left;
+        dA[element(t + 1, r)] *= left1;
+      }
+    } else {
+#pragma unroll
+      for (int t = 0; t < R; t += 2) {
+        const float e0 = e[element(t, r)], e1 = e[element(t + 1, r)];
+        const float left1 = fmaf(left, e0, left);
+        store_shared(row + ((t / 2 ^ lane / 4) << 4), pack<T>(left * e0, left1 * e1));
+        dA[element(t, r)] *= left;
+        dA[element(t + 1, r)] *= left1;
+        left = fmaf(left1, e1, left1);
+      }
+    }
+  }
+  __syncwarp();
+}
+
+}  // namespace hopper_backward
+}  // namespace sbk
