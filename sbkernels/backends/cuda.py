@@ -10,7 +10,7 @@ import functools
 import torch
 
 from ..problem import Problem
-from . import hopper, launches
+from . import hopper
 from .base import Call
 from .launches import DTYPES, CudaBackward, CudaForward, KernelBackend, Launch
 
@@ -52,8 +52,7 @@ class CudaBackend(KernelBackend):
         return super().default_config(problem)
 
     def variants(self, problem: Problem):
-        hopper_built = _hopper_config(compiled_width(problem), problem.direction) is not None
-        return {"portable": super().default_config(problem)} if hopper_built else {}
+        return {"portable": super().default_config(problem)}
 
     def illegal(self, problem: Problem, config) -> str | None:
         if config.HOPPER:

@@ -42,10 +42,9 @@ def mappable(x: torch.Tensor) -> torch.Tensor:
     """x [B, H, N, D], or a dense copy where a tensor map cannot say its strides (csrc/tensor_map.cpp, fold)."""
     batch, heads, _, width = x.shape
     stride_b, stride_h, stride_row, last = x.stride()
-    if last == 1 and x.data_ptr() % 16 == 0 and stride_row % 8 == stride_h % 8 == stride_b % 8 == 0 and min(stride_b, stride_h) > 0:
-        if batch == 1 or heads == 1 or stride_b == heads * stride_h or stride_h == width:
-            return x
-    return x.contiguous()
+    steps = last == 1 and x.data_ptr() % 16 == 0 and stride_row % 8 == stride_h % 8 == stride_b % 8 == 0 < min(stride_b, stride_h)
+    folds = batch == 1 or heads == 1 or stride_b == heads * stride_h or stride_h == width
+    return x if steps and folds else x.contiguous()
 
 
 def mapped(call: Call) -> Call:

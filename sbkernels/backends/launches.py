@@ -119,15 +119,8 @@ class KernelBackend(Backend):
         return None
 
     def default_config(self, problem: Problem):
-        return self._default(problem.head_dim, problem.value_dim, problem.dtype, problem.device)[problem.direction]
-
-    @functools.cache
-    def _default(self, head_dim: int, value_dim: int, dtype: str, device: str) -> dict:
-        problem = Problem(1, 1, 1, 1, 1, head_dim, value_dim, dtype, device)
-        for forward, backward in self.config_pairs(problem):
-            if self.illegal(problem, forward) is None and self.illegal(problem.reversed(), backward) is None:
-                return {"forward": forward, "backward": backward}
-        return {"forward": None, "backward": None}
+        found = fitting_configs(self, problem.head_dim, problem.value_dim, problem.dtype, problem.device)
+        return found[0 if problem.direction == "forward" else 1] if found else None
 
     def illegal(self, problem: Problem, config) -> str | None:
         limit = shared_limit(problem.device)
@@ -203,6 +196,17 @@ def shared_bytes(kernel: str, block_d: int, block_dv: int, options: dict[str, in
 
 
 @functools.cache
+def fitting_configs(backend: KernelBackend, head_dim: int, value_dim: int, dtype: str, device: str):
+    """The first (forward, backward) of the backend's config_pairs that fits the device; None if none does."""
+    problem = Problem(1, 1, 1, 1, 1, head_dim, value_dim, dtype, device)
+    for forward, backward in backend.config_pairs(problem):
+        reasons = [KernelBackend.illegal(backend, *pair) for pair in ((problem, forward), (problem.reversed(), backward))]
+        if reasons == [None, None]:
+            return forward, backward
+    return None
+
+
+@functools.cache
 def shared_limit(device: str) -> int:
     """Bytes of shared memory a block may have on a CUDA device."""
     return SHARED_LIMIT.get(torch.cuda.get_device_capability(device), SHARED_LIMIT_ELSEWHERE)
@@ -252,7 +256,8 @@ def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, old
     fixed = (
         *(value for x in (call.q, call.k, call.v, dout, dq, dk, dv) for value in pack_tensor(x)),
         *pack_shape(call, call.q.shape[2], p.aligned and is_aligned(dout)),
-        *(0 if x is None else x.data_ptr() for x in (remainder, dremainder, oldest_carry, oldest_tile, carry, older, block_oldest, *sums)),
+        *(x.data_ptr() for x in (remainder, dremainder, oldest_carry, oldest_tile, carry, older, block_oldest)),
+        *(0 if x is None else x.data_ptr() for x in sums),
     )  # fmt: skip
     key_tiles = ceil_div(p.keys, config.KEYS_NUM_WARPS * config.KEY_GROUP)
     for unit in range(0, units, chunk_units):
