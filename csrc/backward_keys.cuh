@@ -141,7 +141,7 @@ SBK_FN void finish(float (&acc)[C::KT][NT][4], const Tensor& gradient, float* su
   });
 }
 
-template <class C> __global__ void __launch_bounds__(C::THREADS) backward_keys_kernel(const __grid_constant__ BackwardParams p) {
+template <class C> __global__ void __launch_bounds__(C::THREADS, 1) backward_keys_kernel(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
   extern __shared__ __align__(16) char shared[];
   __shared__ int last_block;

@@ -70,7 +70,7 @@ SBK_FN void differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[
   });
 }
 
-template <class C> __global__ void __launch_bounds__(C::THREADS) backward_queries_kernel(const __grid_constant__ BackwardParams p) {
+template <class C> __global__ void __launch_bounds__(C::THREADS, 1) backward_queries_kernel(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
   using Run = typename C::Run;
   extern __shared__ __align__(16) char shared[];

@@ -51,7 +51,7 @@ SBK_FN void weigh(float (&s)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2]
   });
 }
 
-template <class C> __global__ void __launch_bounds__(C::THREADS) forward_kernel(const __grid_constant__ ForwardParams p) {
+template <class C> __global__ void __launch_bounds__(C::THREADS, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
   using T = typename C::T;
   using Run = typename C::Run;
   extern __shared__ __align__(16) char shared[];

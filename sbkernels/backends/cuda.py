@@ -52,8 +52,7 @@ class CudaBackend(KernelBackend):
         return super().default_config(problem)
 
     def variants(self, problem: Problem):
-        hopper_built = _hopper_config(compiled_width(problem), problem.direction) is not None
-        return {"portable": super().default_config(problem)} if hopper_built else {}
+        return {} if self.unsupported(problem) else {"portable": super().default_config(problem)}
 
     def illegal(self, problem: Problem, config) -> str | None:
         if config.HOPPER:

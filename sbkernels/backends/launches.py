@@ -118,15 +118,8 @@ class KernelBackend(Backend):
         return None
 
     def default_config(self, problem: Problem):
-        return self._default(problem.head_dim, problem.value_dim, problem.dtype, problem.device)[problem.direction]
-
-    @functools.cache  # noqa: B019, a backend has one instance
-    def _default(self, head_dim: int, value_dim: int, dtype: str, device: str) -> dict:
-        problem = Problem(1, 1, 1, 1, 1, head_dim, value_dim, dtype, device)
-        for forward, backward in self.config_pairs(problem):
-            if self.illegal(problem, forward) is None and self.illegal(problem.reversed(), backward) is None:
-                return {"forward": forward, "backward": backward}
-        return {"forward": None, "backward": None}
+        found = fitting_configs(self, problem.head_dim, problem.value_dim, problem.dtype, problem.device)
+        return found[0 if problem.direction == "forward" else 1] if found else None
 
     def illegal(self, problem: Problem, config) -> str | None:
         limit = shared_limit(problem.device)
@@ -198,6 +191,17 @@ def shared_bytes(kernel: str, block_d: int, block_dv: int, options: dict[str, in
     kept_v = 0 if o["SPLIT"] == 1 and block_dv <= 64 else 2 * keys * (block_dv + 8)
     kept_k = 0 if o["SPLIT"] == 1 else 2 * keys * (block_d + 8)
     return max(kept_v + kept_k + stages, tiles(keys))
+
+
+@functools.cache
+def fitting_configs(backend: KernelBackend, head_dim: int, value_dim: int, dtype: str, device: str):
+    """The first (forward, backward) of the backend's config_pairs that fits the device; None if none does."""
+    problem = Problem(1, 1, 1, 1, 1, head_dim, value_dim, dtype, device)
+    for forward, backward in backend.config_pairs(problem):
+        reasons = [KernelBackend.illegal(backend, *pair) for pair in ((problem, forward), (problem.reversed(), backward))]
+        if reasons == [None, None]:
+            return forward, backward
+    return None
 
 
 @functools.cache

@@ -1,0 +1,179 @@
+"""The plans of csrc's kernels, and what compiling them at run time gives, without a GPU."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from sbkernels.backends import hopper, launches
+from sbkernels.backends.launches import KERNELS, CudaBackward, CudaForward
+from sbkernels.problem import Problem
+from sbkernels.verify import inputs
+
+cuda = pytest.importorskip("sbkernels.backends.cuda", reason="the CUDA extension was not built", exc_type=ImportError)
+SHARED = {(8, 0): 163 * 2**10, (8, 6): 99 * 2**10, (9, 0): 227 * 2**10}  # bytes a block may have (CUDA programming guide)
+WIDTHS = ((16, 16), (64, 64), (80, 50), (128, 128), (128, 64), (256, 256), (200, 136))
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """on((8, 0)): what torch would say of such a device."""
+
+    def choose(capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        launches.shared_limit.cache_clear()
+        launches.fitting_configs.cache_clear()
+
+    yield choose
+    launches.shared_limit.cache_clear()
+    launches.fitting_configs.cache_clear()
+
+
+def problem(dims=(64, 64), **more):
+    values = dict(batch=2, heads=4, kv_heads=4, queries=256, keys=256, head_dim=dims[0], value_dim=dims[1], dtype="bfloat16")
+    return Problem(**values | {"device": "cuda:0"} | more)
+
+
+def test_parameters_are_packed_as_compiled():
+    packed = {"forward": launches.FORWARD_PARAMS, "backward": launches.BACKWARD_PARAMS}
+    for it in cuda._C.instances():
+        direction = it["kernel"].removeprefix("hopper_").split("_")[0]
+        hopper_backward = it["kernel"].startswith("hopper_backward")
+        expected = launches.HOPPER_BACKWARD_ARGUMENTS if hopper_backward else packed[direction]
+        assert it["params_bytes"] == expected.size, it
+
+
+def test_shared_memory_is_planned_as_compiled():
+    for it in cuda._C.instances():
+        assert it["shared_bytes"] <= SHARED[9, 0], it
+        if not it["kernel"].startswith("hopper"):
+            assert launches.malformed(it["kernel"], it["config"]) is None
+            assert launches.shared_bytes(it["kernel"], it["block_d"], it["block_d"], it["config"]) == it["shared_bytes"], it
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("dims", WIDTHS)
+def test_defaults_fit_the_device(on, capability, dims):
+    on(capability)
+    backend = cuda.CudaBackend()
+    wide_on_little = capability == (8, 6) and max(dims) > 128
+    reason = backend.unsupported(problem(dims))
+    assert (reason is not None) == wide_on_little
+    if reason is not None:
+        assert "shared memory" in reason
+        return
+    forward = backend.default_config(problem(dims))
+    backward = backend.default_config(problem(dims).reversed())
+    assert backend.mismatch(forward, backward) is None
+    for p, config in ((problem(dims), forward), (problem(dims).reversed(), backward)):
+        assert backend.illegal(p, config) is None
+        assert config in [*backend.config_space(p), backend.default_config(p)]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"dtype": "float16", "attend_current": True}, None),
+        ({"head_dim": 96, "value_dim": 96}, "96"),
+        ({"value_dim": 128}, "equal head dims"),
+        ({"kv_heads": 2}, "key heads"),
+        ({"queries": 128}, "128"),
+        ({"queries": 130, "keys": 130}, "multiple of 128"),
+        ({"varlen": True}, "one length"),
+        ({"aligned": False}, "16 bytes"),
+    ],
+)
+def test_hopper_says_what_it_does_not_cover(on, change, says):
+    on((9, 0))
+    backend, p = cuda.CudaBackend(), problem(**change)
+    reason = hopper.not_covered(p)
+    assert (reason is None) if says is None else (says in reason)
+    assert backend.default_config(p).HOPPER == (says is None) == backend.default_config(p.reversed()).HOPPER
+    assert not backend.variants(p)["portable"].HOPPER
+    config = backend.default_config(problem())
+    assert (backend.illegal(p, config) is None) == (says is None)
+    on((8, 0))
+    assert "9.0" in hopper.not_covered(p)
+
+
+@pytest.mark.parametrize(
+    ("layout", "as_is"), [(layout, layout in ("bhnd", "bnhd", "packed", "padded")) for layout in inputs.LAYOUTS]
+)
+def test_tensors_that_maps_cannot_address_are_copied(layout, as_is):
+    x = inputs.arrange(torch.randn(3, 2, 128, 64, dtype=torch.float64).half(), layout)
+    found = hopper.mappable(x)
+    assert torch.equal(found, x)
+    assert (found.data_ptr() == x.data_ptr()) == as_is
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (CudaForward(96, 64, 4, 2), "not among the kernels that were compiled"),
+        (CudaForward(128, 128, 12, 2, HOPPER=True), "Hopper"),
+    ],
+)
+def test_illegal_configs_are_refused(on, config, says):
+    on((8, 0))
+    assert says in cuda.CudaBackend().illegal(problem(), config)
+
+
+def test_directions_must_agree():
+    backend, tiles = cuda.CudaBackend(), CudaBackward(16, 64, 64, 4, 2, 64, 16, 4, 2, 1)
+    assert backend.mismatch(CudaForward(128, 64, 4, 2), tiles) is None
+    assert "BLOCK_N=32" in backend.mismatch(CudaForward(128, 32, 4, 2), tiles)
+    assert "HOPPER" in backend.mismatch(CudaForward(128, 64, 4, 2), CudaBackward(HOPPER=True))
+
+
+@pytest.mark.parametrize(("units", "rows"), [(64, 4096), (1, 131072), (7, 1000), (64, 1)])
+def test_chunks_fit_the_workspace(units, rows):
+    workspace, block = 2**26, 128
+    p = problem(batch=units, heads=1, kv_heads=1, queries=rows, keys=rows)
+    row_bytes = launches.STATE_BYTES * launches.ceil_div(rows, 16)
+    chunk_units, chunk_rows = launches.chunk_sizes(p, row_bytes, block, workspace)
+    assert chunk_rows % block == 0
+    assert chunk_units * chunk_rows * row_bytes <= max(workspace, block * row_bytes)
+    whole = chunk_rows >= rows
+    assert whole or chunk_units == 1
+    chunks = launches.ceil_div(units, chunk_units)
+    assert chunks * chunk_units - units < chunks  # of about the same size
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_launch_without_a_gpu_is_a_clear_error():
+    size = cuda._C.instances()[0]["params_bytes"]
+    with pytest.raises(RuntimeError, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
+        cuda._C.launch(0, 1, bytes(size), 0, 0)
+    with pytest.raises(ValueError, match=f"params has 3 bytes: expected {size}"):
+        cuda._C.launch(0, 1, b"abc", 0, 0)
+    with pytest.raises(IndexError):
+        cuda._C.launch(10**6, 1, bytes(size), 0, 0)
+
+
+@pytest.mark.parametrize(("dims", "architecture"), list(itertools.product(WIDTHS, ("sm_80", "sm_90"))))
+def test_run_time_kernels_compile_without_spills(on, dims, architecture, monkeypatch, tmp_path):
+    ptx = pytest.importorskip("sbkernels.backends.ptx", reason="no CuPy with NVRTC", exc_type=ImportError)
+    monkeypatch.setenv("SBKERNELS_CACHE", str(tmp_path))
+    on((8, 0) if architecture == "sm_80" else (9, 0))
+    backend, p = ptx.PtxBackend(), problem(dims)
+    for here in (p, p.reversed()):
+        config = backend.default_config(here)
+        for kernel in KERNELS[here.direction]:
+            compiled, name = ptx.compiled(kernel, p.dtype, ptx._widths(p), config, architecture)
+            resources = ptx.nvrtc.resource_usage(compiled)[name]
+            assert resources.spill_bytes == 0, (kernel, config, resources)
+            assert launches.shared_bytes(kernel, *ptx._widths(p), config.of(kernel)) <= launches.shared_limit(p.device)
+
+
+def test_malformed_options_of_run_time_kernels_are_refused(on):
+    ptx = pytest.importorskip("sbkernels.backends.ptx", reason="no CuPy with NVRTC", exc_type=ImportError)
+    on((9, 0))
+    backend, p = ptx.PtxBackend(), problem()
+    good = backend.default_config(p.reversed())
+    assert "multiple of 16" in backend.illegal(p, CudaForward(100, 64, 4, 2))
+    assert "NUM_STAGES" in backend.illegal(p, CudaForward(128, 64, 4, 1))
+    assert "SPLIT" in backend.illegal(p.reversed(), dataclasses.replace(good, KEYS_SPLIT=3))
+    assert "quarters" in backend.illegal(p.reversed(), dataclasses.replace(good, KEY_GROUP=128))
+    assert "shared memory" in backend.illegal(p, CudaForward(128, 128, 4, 16))
