@@ -143,8 +143,8 @@ template <class C> __global__ void __launch_bounds__(C::THREADS, 1) forward_kern
     const ForwardRow& kept = rows[i / 2][i % 2];
     if (q == 0 && row < rows_left) {
       p.remainder[statistic + row] = Run::stick(kept.carry);
-      p.oldest_carry[statistic + row] = kept.oldest_carry;
-      p.oldest_tile[statistic + row] = kept.oldest_tile;
+      if (p.oldest_carry != nullptr) p.oldest_carry[statistic + row] = kept.oldest_carry;
+      if (p.oldest_tile != nullptr) p.oldest_tile[statistic + row] = kept.oldest_tile;
     }
   }
 }

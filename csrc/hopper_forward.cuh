@@ -249,8 +249,8 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       const int row = my_row + h * 8;
       if (q == 0 && row < rows_left) {
         p.forward.remainder[statistic + row] = Run::stick(rows[0][h].carry);
-        p.forward.oldest_carry[statistic + row] = rows[0][h].oldest_carry;
-        p.forward.oldest_tile[statistic + row] = rows[0][h].oldest_tile;
+        if (p.forward.oldest_carry != nullptr) p.forward.oldest_carry[statistic + row] = rows[0][h].oldest_carry;
+        if (p.forward.oldest_tile != nullptr) p.forward.oldest_tile[statistic + row] = rows[0][h].oldest_tile;
       }
     }
   }

@@ -1,5 +1,5 @@
 // What a launch is told, as plain structs: shared by kernels, launchers, bindings and, packed field by field, by Python
-// (sbkernels/backends/params.py). 8-byte fields first, so that no compiler pads. Strides are in elements; last strides are 1.
+// (sbkernels/backends/launches.py). 8-byte fields first, so that no compiler pads. Strides are in elements; last strides are 1.
 #pragma once
 
 namespace sbk {
@@ -29,9 +29,11 @@ struct ForwardParams {
   Tensor q, k, v, out;
   Shape shape;
   float* remainder;     // r, eq. (5)
+  // For the backward, both null where none follows:
   float* oldest_carry;  // per row: the carry on entry of its oldest_tile (see math.cuh)
   int* oldest_tile;     // per row: the oldest visited key tile in which it still had stick left
-  int* ticket;          // Hopper: the next query block to take, 0 at the start
+
+  int* ticket;  // Hopper: the next query block to take, 0 at the start
 };
 
 struct BackwardParams {

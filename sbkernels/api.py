@@ -156,7 +156,8 @@ def _make_plan(key: tuple, problem: Problem, backend, differentiable: bool) -> _
 
 def _run(plan: _Plan, q, k, v, cu_seqlens, scale, skip_below):
     inputs = (q.detach(), k.detach(), v.detach()) if _requires_grad(q, k, v) else (q, k, v)
-    call = Call(plan.problem, *inputs, plan.scale if scale is None else scale, skip_below, cu_seqlens)
+    scale = plan.scale if scale is None else scale
+    call = Call(plan.problem, *inputs, scale, skip_below, cu_seqlens, saves=plan.backward is not None)
     # Forward-mode derivatives are refused by autograd.Function, in its words.
     if plan.backward is None and forward_ad._current_level < 0:
         return _forward(plan, call)[:2]

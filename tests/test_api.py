@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from sbkernels import api, reference, stickbreaking_attention, stickbreaking_attention_varlen
+from sbkernels import api, reference, registry, stickbreaking_attention, stickbreaking_attention_varlen
+from sbkernels.backends.base import guarded_outputs
+from sbkernels.backends.torch_ import TorchBackend
 
 
 def tensors(B=1, H=2, Hk=2, M=8, N=8, D=16, Dv=16, dtype=torch.float64):
@@ -52,6 +54,41 @@ def test_one_token_sees_nothing():
     q, k, v = tensors(M=1, N=1)
     out, r = stickbreaking_attention(q, k, v)
     assert not out.any() and bool((r == 1).all())
+
+
+def test_backends_know_whether_a_backward_may_follow(monkeypatch):
+    saves, original = [], TorchBackend.forward
+    monkeypatch.setattr(
+        TorchBackend, "forward", lambda self, call, config: saves.append(call.saves) or original(self, call, config)
+    )
+    q, k, v = tensors()
+    bounds = torch.tensor([0, 8], dtype=torch.int32)
+    packed = lambda: (x[0].transpose(0, 1) for x in (q, k, v))  # noqa: E731
+    for wanted in ((), (q,), (k,), (v,)):
+        for x in (q, k, v):
+            x.requires_grad_(any(x is y for y in wanted))
+        for _ in range(2):
+            stickbreaking_attention(q, k, v, backend="torch")
+            stickbreaking_attention_varlen(*packed(), bounds, 8, backend="torch")
+            with torch.no_grad():
+                stickbreaking_attention(q, k, v, backend="torch")
+                stickbreaking_attention_varlen(*packed(), bounds, 8, backend="torch")
+        assert saves == [bool(wanted)] * 2 + [False] * 2 + [bool(wanted)] * 2 + [False] * 2
+        saves.clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [{"M": 256, "N": 256, "D": 64, "Dv": 64}, {"Hk": 1, "M": 100, "N": 131, "Dv": 24}])
+@pytest.mark.parametrize("backend", ["cuda", "ptx", "triton"])
+def test_same_with_and_without_gradient(backend, shape):
+    if registry.try_load(backend)[0] is None:
+        pytest.skip(registry.try_load(backend)[1])
+    q, k, v = (x.cuda() for x in tensors(B=2, dtype=torch.bfloat16, **shape))
+    with guarded_outputs():
+        without = stickbreaking_attention(q, k, v, backend=backend)
+        within = stickbreaking_attention(q.requires_grad_(), k, v, backend=backend)
+        torch.autograd.grad(within[0].sum(), q)
+    assert all(torch.equal(x, y) for x, y in zip(without, within, strict=True))
 
 
 def test_remainder_dtype():

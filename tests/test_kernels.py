@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-from sbkernels.backends import hopper, launches
+from sbkernels.backends import base, hopper, launches
 from sbkernels.backends.launches import KERNELS, CudaBackward, CudaForward
-from sbkernels.problem import Problem
+from sbkernels.problem import Problem, describe
 from sbkernels.verify import inputs
 
 cuda = pytest.importorskip("sbkernels.backends.cuda", reason="the CUDA extension was not built", exc_type=ImportError)
@@ -139,6 +139,34 @@ def test_chunks_fit_the_workspace(units, rows):
     assert whole or chunk_units == 1
     chunks = launches.ceil_div(units, chunk_units)
     assert chunks * chunk_units - units < chunks  # of about the same size
+
+
+class Recorder(launches.KernelBackend):
+    """Launches nothing."""
+
+    def __init__(self):
+        self.launched = []
+
+    def launch(self, call, config, launch):
+        self.launched.append(launch)
+
+
+@pytest.mark.parametrize("saves", (True, False))
+def test_forward_saves_where_a_backward_may_follow(saves, monkeypatch):
+    """Else it allocates out and remainder alone, and tells the kernel so by null pointers."""
+    allocated = []
+    original = base.allocate
+    monkeypatch.setattr(base, "allocate", lambda *arguments: allocated.append(original(*arguments)) or allocated[-1])
+    q = torch.zeros(2, 4, 70, 16, dtype=torch.float16)
+    backend, call = Recorder(), base.Call(describe(q, q, q), q, q, q, 0.25, 0.0, saves=saves)
+    out, remainder, saved = backend.forward(call, CudaForward(64, 32, 4, 2))
+    assert len(allocated) == (4 if saves else 2)
+    ((kernel, grid, params),) = backend.launched
+    assert (kernel, grid) == ("forward", 16)
+    *_, at_remainder, at_carry, at_tile, ticket = launches.FORWARD_PARAMS.unpack(params)
+    assert (at_remainder, ticket) == (remainder.data_ptr(), 0)
+    assert (at_carry, at_tile) == (tuple(x.data_ptr() for x in saved) if saves else (0, 0))
+    assert out.shape == q.shape and remainder.shape == q.shape[:3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

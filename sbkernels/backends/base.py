@@ -25,6 +25,7 @@ class Call:
     scale: float
     skip_below: float
     cu_seqlens: torch.Tensor | None = None  # int32 [B + 1] on the tensors' device
+    saves: bool = True  # whether a backward may follow: without one, forward need not save anything
 
     def empty_out(self) -> torch.Tensor:
         """Output [B, H, M, Dv] laid out in memory as the caller's layout has it."""
@@ -126,7 +127,7 @@ class Backend:
         raise NotImplementedError
 
     def forward(self, call: Call, config) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """out [B, H, M, Dv], remainder [B, H, M], and what backward wants saved."""
+        """out [B, H, M, Dv], remainder [B, H, M], and what backward wants saved; where not call.saves, that is not looked at."""
         raise NotImplementedError
 
     def backward(self, call: Call, config, remainder, saved, dout, dremainder):

@@ -12,7 +12,7 @@ import torch
 from ..problem import Problem
 from . import hopper
 from .base import Call
-from .launches import DTYPES, CudaBackward, CudaForward, KernelBackend, Launch
+from .launches import DTYPES, CudaBackward, CudaForward, KernelBackend, Launch, allocate_saved
 
 try:
     from .. import _C
@@ -66,7 +66,7 @@ class CudaBackend(KernelBackend):
         if not config.HOPPER:
             return super().forward(call, config)
         out, remainder = call.empty_out(), call.empty_statistic()
-        saved = (call.empty_statistic(), call.empty_statistic(torch.int32))
+        saved = allocate_saved(call)
         self.launch(call, config, hopper.plan_forward(call, config, out, remainder, *saved))
         return out, remainder, saved
 

@@ -149,7 +149,7 @@ class KernelBackend(Backend):
 
     def forward(self, call: Call, config: CudaForward):
         out, remainder = call.empty_out(), call.empty_statistic()
-        saved = (call.empty_statistic(), call.empty_statistic(torch.int32))
+        saved = allocate_saved(call)
         self.launch(call, config, plan_forward(call, config, out, remainder, *saved))
         return out, remainder, saved
 
@@ -210,6 +210,10 @@ def shared_limit(device: str) -> int:
     return SHARED_LIMIT.get(torch.cuda.get_device_capability(device), SHARED_LIMIT_ELSEWHERE)
 
 
+def _pointer(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def pack_tensor(x: torch.Tensor) -> tuple[int, int, int, int]:
     stride_b, stride_h, stride_row, _ = x.stride()
     return x.data_ptr(), stride_b, stride_h, stride_row
@@ -217,9 +221,8 @@ def pack_tensor(x: torch.Tensor) -> tuple[int, int, int, int]:
 
 def pack_shape(call: Call, aligned: bool) -> tuple:
     p = call.problem
-    cu_seqlens = 0 if call.cu_seqlens is None else call.cu_seqlens.data_ptr()
     return (
-        cu_seqlens, p.batch, p.heads, p.heads // p.kv_heads, p.queries, p.keys, p.head_dim, p.value_dim,
+        _pointer(call.cu_seqlens), p.batch, p.heads, p.heads // p.kv_heads, p.queries, p.keys, p.head_dim, p.value_dim,
         p.tokens if p.varlen else p.queries, p.attend_current, aligned, call.scale, call.skip_below,
     )  # fmt: skip
 
@@ -228,13 +231,18 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def allocate_saved(call: Call) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """oldest_carry and oldest_tile, which a forward leaves for the backward; None if none may follow."""
+    return (call.empty_statistic(), call.empty_statistic(torch.int32)) if call.saves else (None, None)
+
+
 def plan_forward(call: Call, config: CudaForward, out, remainder, oldest_carry, oldest_tile, ticket=None) -> Launch:
-    """The forward's only launch."""
+    """The forward's only launch. oldest_carry, oldest_tile and ticket may be None."""
     p = call.problem
     params = FORWARD_PARAMS.pack(
         *pack_tensor(call.q), *pack_tensor(call.k), *pack_tensor(call.v), *pack_tensor(out),
         *pack_shape(call, p.aligned),
-        remainder.data_ptr(), oldest_carry.data_ptr(), oldest_tile.data_ptr(), 0 if ticket is None else ticket.data_ptr(),
+        remainder.data_ptr(), _pointer(oldest_carry), _pointer(oldest_tile), _pointer(ticket),
     )  # fmt: skip
     return Launch("hopper_forward" if config.HOPPER else "forward", ceil_div(p.queries, config.BLOCK_M) * p.batch * p.heads, params)
 
@@ -255,7 +263,7 @@ def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, old
     fixed = (
         *(value for x in (call.q, call.k, call.v, dout, dq, dk, dv) for value in pack_tensor(x)),
         *pack_shape(call, p.aligned and is_aligned(dout)),
-        *(0 if x is None else x.data_ptr() for x in statistics_and_scratch),
+        *map(_pointer, statistics_and_scratch),
     )
     key_tiles = ceil_div(p.keys, config.KEYS_NUM_WARPS * config.KEY_GROUP)
     for unit in range(0, units, chunk_units):
