@@ -13,18 +13,17 @@
 
 namespace sbk {
 
-template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_, bool TURNS_ = true> struct HopperForwardConfig {
+template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_> struct HopperForwardConfig {
   using T = T_;
   static constexpr int BLOCK_D = BLOCK_D_, CONSUMERS = CONSUMERS_, STAGES = NUM_STAGES_;
   static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = 128, THREADS = 128 * (CONSUMERS + 1);
-  static constexpr bool TURNS = TURNS_;
   static constexpr int MT = 1, NT = BLOCK_N / 8, RUN = BLOCK_N / 4;
   using Run = LinearRun<RUN>;
   static constexpr int SLABS = BLOCK_D / SLAB_COLUMNS;
   static constexpr int Q_SLAB = BLOCK_M * SLAB_ROW_BYTES, KEY_SLAB = BLOCK_N * SLAB_ROW_BYTES;
   static constexpr int Q_BYTES = SLABS * Q_SLAB, KEY_BYTES = SLABS * KEY_SLAB;
   // Registers a thread: 65,536 are shared out in eights to the consumers, after what the loading warpgroup keeps.
-  static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+  static constexpr int LOADER_REGISTERS = 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 };
 
 template <class C> struct HopperForwardShared {
@@ -131,12 +130,8 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   const uint64 q_rows = operand(shared_address(shared.q) + consumer * 64 * SLAB_ROW_BYTES, 16);
   Ring<C::STAGES> keys, values;
   // Turns: barrier 1 + i is consumer i's, and starts with the first.
-  auto take_turn = [&] {
-    if (C::TURNS) named_sync(1 + consumer, 256);
-  };
-  auto pass_turn = [&] {
-    if (C::TURNS) named_arrive(1 + (consumer + 1) % C::CONSUMERS, 256);
-  };
+  auto take_turn = [&] { named_sync(1 + consumer, 256); };
+  auto pass_turn = [&] { named_arrive(1 + (consumer + 1) % C::CONSUMERS, 256); };
   if (consumer == C::CONSUMERS - 1) pass_turn();
 
   for (int q_parity = 0;; q_parity ^= 1) {
