@@ -23,7 +23,7 @@ template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_> struct Hop
   static constexpr int Q_SLAB = BLOCK_M * SLAB_ROW_BYTES, KEY_SLAB = BLOCK_N * SLAB_ROW_BYTES;
   static constexpr int Q_BYTES = SLABS * Q_SLAB, KEY_BYTES = SLABS * KEY_SLAB;
   // Registers a thread: 65,536 are shared out in eights to the consumers, after what the loading warpgroup keeps.
-  static constexpr int LOADER_REGISTERS = 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+  static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
 };
 
 template <class C> struct HopperForwardShared {
