@@ -117,6 +117,7 @@ class _Plan:
     forward: dispatch.Choice
     backward: dispatch.Choice | None
     reversed: Problem | None
+    kept: dict = dataclasses.field(default_factory=dict)  # the forward backend's, see Call
 
 
 _plans: dict[tuple, _Plan] = {}
@@ -157,7 +158,7 @@ def _make_plan(key: tuple, problem: Problem, backend, differentiable: bool) -> _
 def _run(plan: _Plan, q, k, v, cu_seqlens, scale, skip_below):
     inputs = (q.detach(), k.detach(), v.detach()) if _requires_grad(q, k, v) else (q, k, v)
     scale = plan.scale if scale is None else scale
-    call = Call(plan.problem, *inputs, scale, skip_below, cu_seqlens, saves=plan.backward is not None)
+    call = Call(plan.problem, *inputs, scale, skip_below, cu_seqlens, plan.backward is not None, plan.kept)
     # Forward-mode derivatives are refused by autograd.Function, in its words.
     if plan.backward is None and forward_ad._current_level < 0:
         return _forward(plan, call)[:2]

@@ -95,7 +95,8 @@ def circumstances(backend: str | None) -> tuple:
     """All that `choose` goes by besides the problem: while it is equal, so are the choices. ValueError for what is no name."""
     if backend is not None and not isinstance(backend, str):
         check_name(backend, "argument backend=")
-    return backend, _override.get(), env.raw(), configs.generation()
+    override = _override.get()
+    return backend, override, env.backend() if backend is None and override is None else None, configs.generation()
 
 
 def choose(problem: Problem, backend: str | None = None) -> Choice:

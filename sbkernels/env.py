@@ -22,11 +22,6 @@ VARIABLES = {
 }
 
 
-def raw() -> tuple[str | None, ...]:
-    """What the variables that dispatch and default configs go by are set to, unparsed."""
-    return os.environ.get(BACKEND), os.environ.get(WORKSPACE)
-
-
 def backend() -> str | None:
     """The backend SBKERNELS_BACKEND names; None for unset, empty or auto."""
     value = os.environ.get(BACKEND, "").strip()

@@ -22,6 +22,7 @@ def on(monkeypatch):
 
     def choose(capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(launches, "multiprocessors", lambda device: 100)
         launches.shared_limit.cache_clear()
         launches.fitting_configs.cache_clear()
 
@@ -69,6 +70,16 @@ def test_defaults_fit_the_device(on, capability, dims):
     for p, config in ((problem(dims), forward), (problem(dims).reversed(), backward)):
         assert backend.illegal(p, config) is None
         assert config in [*backend.config_space(p), backend.default_config(p)]
+
+
+@pytest.mark.parametrize(("queries", "block_m"), [(256, 64), (1536, 64), (1664, 128)])
+def test_few_blocks_are_small(on, queries, block_m):
+    """Those of 128 rows only where every multiprocessor gets one."""
+    on((8, 0))
+    backend, p = cuda.CudaBackend(), problem(queries=queries, keys=queries)
+    forward, backward = backend.default_config(p), backend.default_config(p.reversed())
+    assert block_m == forward.BLOCK_M
+    assert backend.mismatch(forward, backward) is None
 
 
 @pytest.mark.parametrize(
@@ -147,8 +158,11 @@ class Recorder(launches.KernelBackend):
     def __init__(self):
         self.launched = []
 
-    def launch(self, call, config, launch):
-        self.launched.append(launch)
+    def kernel(self, call, kernel, config):
+        return kernel
+
+    def launch(self, kernel, grid, params, device):
+        self.launched.append((kernel, grid, params))
 
 
 @pytest.mark.parametrize("saves", (True, False))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -14,8 +13,7 @@ from ..problem import Problem
 GUARD = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One forward call: checked tensors in canonical order [B, H, N, D] (varlen: [1, H, T, D]) and its numbers."""
 
     problem: Problem
@@ -26,6 +24,7 @@ class Call:
     skip_below: float
     cu_seqlens: torch.Tensor | None = None  # int32 [B + 1] on the tensors' device
     saves: bool = True  # whether a backward may follow: without one, forward need not save anything
+    kept: dict | None = None  # for what a forward finds out once for all calls of a kind: equal in all but pointers and numbers
 
     def empty_out(self) -> torch.Tensor:
         """Output [B, H, M, Dv] laid out in memory as the caller's layout has it."""
@@ -51,7 +50,7 @@ _guarded: list[torch.Tensor] | None = None
 def allocate(shape, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """torch.empty; inside `guarded_outputs` filled and surrounded with poison instead."""
     if _guarded is None:
-        return like.new_empty(shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype or like.dtype, device=like.device)
     dtype = dtype or like.dtype
     numel = torch.Size(shape).numel()
     buffer = torch.full((numel + 2 * GUARD,), poison(dtype), dtype=dtype, device=like.device)

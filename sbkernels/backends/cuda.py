@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import functools
 
-import torch
-
 from ..problem import Problem
 from . import hopper
 from .base import Call
-from .launches import DTYPES, CudaBackward, CudaForward, KernelBackend, Launch, allocate_saved
+from .launches import DTYPES, CudaBackward, CudaForward, KernelBackend, PreparedForward, current_stream
 
 try:
     from .. import _C
@@ -62,13 +60,10 @@ class CudaBackend(KernelBackend):
             return reason and f"the Hopper kernel {reason}"
         return super().illegal(problem, config)
 
-    def forward(self, call: Call, config: CudaForward):
+    def prepare_forward(self, call: Call, config: CudaForward, out) -> PreparedForward:
         if not config.HOPPER:
-            return super().forward(call, config)
-        out, remainder = call.empty_out(), call.empty_statistic()
-        saved = allocate_saved(call)
-        self.launch(call, config, hopper.plan_forward(call, config, out, remainder, *saved))
-        return out, remainder, saved
+            return super().prepare_forward(call, config, out)
+        return hopper.prepare_forward(call, self.kernel(call, "hopper_forward", config), config, out)
 
     def backward(self, call: Call, config: CudaBackward, remainder, saved, dout, dremainder):
         if not config.HOPPER:
@@ -77,17 +72,18 @@ class CudaBackend(KernelBackend):
         dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
         arguments = (remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv)
         for launch in hopper.plan_backward(call, _C.hopper_backward_scratch, *arguments):
-            self.launch(call, config, launch)
+            self.launch(self.kernel(call, launch.kernel, config), launch.grid, launch.params, call.q.device.index)
         return dq, dk, dv
 
     def versions(self):
         return {"cuda kernels": f"{len(INSTANCES)} compiled"}
 
-    def launch(self, call: Call, config, launch: Launch) -> None:
-        if launch.grid:
-            problem, index = call.problem, call.q.device.index
-            number = _number(launch.kernel, problem.dtype, compiled_width(problem), config)
-            _C.launch(number, launch.grid, launch.params, torch.cuda.current_stream(index).cuda_stream, index)
+    def kernel(self, call: Call, kernel: str, config) -> int:
+        """Its number among INSTANCES."""
+        return INSTANCES[_key(kernel, call.problem.dtype, compiled_width(call.problem), config.of(kernel))][0]
+
+    def launch(self, kernel: int, grid: int, params: bytes, device: int) -> None:
+        _C.launch(kernel, grid, params, current_stream(device), device)
 
 
 def compiled_width(problem: Problem) -> int:
@@ -98,12 +94,6 @@ def compiled_width(problem: Problem) -> int:
 @functools.cache
 def _compiled_width(head_dim: int) -> int:
     return next(width for width in WIDTHS if width >= head_dim)
-
-
-@functools.cache
-def _number(kernel: str, dtype: str, width: int, config) -> int:
-    """The instance to launch, found once for each kind of call."""
-    return INSTANCES[_key(kernel, dtype, width, config.of(kernel))][0]
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from .. import env
 from ..problem import Problem
 from . import launches
 from .base import Call, allocate
-from .launches import Launch, ceil_div
+from .launches import CudaForward, Launch, ceil_div
 
 CAPABILITY = (9, 0)
 BLOCK_M, BLOCK_N = 64, 128  # of the backward
@@ -50,19 +50,21 @@ def mappable(x: torch.Tensor) -> torch.Tensor:
 def mapped(call: Call) -> Call:
     """The call with tensors that maps can address."""
     q, k, v = mappable(call.q), mappable(call.k), mappable(call.v)
-    return call if q is call.q and k is call.k and v is call.v else dataclasses.replace(call, q=q, k=k, v=v)
+    return call if q is call.q and k is call.k and v is call.v else call._replace(q=q, k=k, v=v)
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+class PreparedForward(launches.PreparedForward):
+    """Of inputs that tensor maps can address, and blocks that share the query blocks out by a ticket."""
+
+    def params(self, call: Call, out, remainder, oldest_carry, oldest_tile) -> bytes:
+        ticket = allocate((1,), remainder, torch.int32)
+        return super().params(mapped(call), out, remainder, oldest_carry, oldest_tile, ticket)
 
 
-def plan_forward(call: Call, config, out, remainder, oldest_carry, oldest_tile) -> Launch:
-    """The forward's only launch: at most a block a multiprocessor, which share the query blocks out by a ticket."""
-    ticket = allocate((1,), remainder, torch.int32)
-    launch = launches.plan_forward(mapped(call), config, out, remainder, oldest_carry, oldest_tile, ticket)
-    return launch._replace(grid=min(launch.grid, multiprocessors(call.q.device)))
+def prepare_forward(call: Call, kernel, config: CudaForward, out) -> PreparedForward:
+    """The launch that calls of this kind share: at most a block a multiprocessor."""
+    grid = min(launches.query_blocks(call.problem, config), launches.multiprocessors(call.problem.device))
+    return PreparedForward(kernel, grid, *launches.pack_forward(mapped(call), out))
 
 
 def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
@@ -77,7 +79,7 @@ def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_til
     tensors = (*(mappable(x) for x in (call.q, call.k, call.v, dout)), dq, dk, dv)
     for first in range(0, problem.batch, entries):
         here = slice(first, first + entries)
-        part = dataclasses.replace(call, problem=dataclasses.replace(problem, batch=min(entries, problem.batch - first)))
+        part = call._replace(problem=dataclasses.replace(problem, batch=min(entries, problem.batch - first)))
         packed = launches.HOPPER_BACKWARD_ARGUMENTS.pack(
             *(value for x in tensors for value in launches.pack_tensor(x[here])),
             *launches.pack_shape(part, True),

@@ -5,6 +5,7 @@ Parameters are packed as csrc/params.h lays them out; tests hold the sizes again
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import functools
 import struct
@@ -79,7 +80,7 @@ class CudaBackward:
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel's name, how many blocks, and its packed parameters. The config says with which options."""
+    """One launch: the kernel's name, how many blocks (at least one), and its packed parameters."""
 
     kernel: str
     grid: int
@@ -91,8 +92,12 @@ class KernelBackend(Backend):
 
     config_types = {"forward": CudaForward, "backward": CudaBackward}
 
-    def launch(self, call: Call, config, launch: Launch) -> None:
-        """Enqueue one launch of this config on the current stream of the call's device."""
+    def kernel(self, call: Call, kernel: str, config):
+        """A kernel with this config's options for calls of a kind, as `launch` takes it."""
+        raise NotImplementedError
+
+    def launch(self, kernel, grid: int, params: bytes, device: int) -> None:
+        """Enqueue `grid` blocks of a kernel on the device's current stream."""
         raise NotImplementedError
 
     def shared_bytes(self, problem: Problem, kernel: str, config) -> int | str:
@@ -100,7 +105,7 @@ class KernelBackend(Backend):
         raise NotImplementedError
 
     def config_pairs(self, problem: Problem) -> list[tuple[CudaForward, CudaBackward]]:
-        """Configs of both directions that go together, best first: the default is the first that fits the device."""
+        """Configs of both directions that go together; the first that fits the device is the default of large problems."""
         raise NotImplementedError
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -118,8 +123,13 @@ class KernelBackend(Backend):
         return None
 
     def default_config(self, problem: Problem):
-        found = fitting_configs(self, problem.head_dim, problem.value_dim, problem.dtype, problem.device)
-        return found[0 if problem.direction == "forward" else 1] if found else None
+        pairs = fitting_configs(self, problem.head_dim, problem.value_dim, problem.dtype, problem.device)
+        if not pairs:
+            return None
+        chosen = pairs[0]
+        if query_blocks(problem, chosen[0]) < multiprocessors(problem.device):  # smaller blocks keep more of the device busy
+            chosen = min(pairs, key=lambda pair: pair[0].BLOCK_M)
+        return chosen[0 if problem.direction == "forward" else 1]
 
     def illegal(self, problem: Problem, config) -> str | None:
         limit = shared_limit(problem.device)
@@ -149,16 +159,51 @@ class KernelBackend(Backend):
 
     def forward(self, call: Call, config: CudaForward):
         out, remainder = call.empty_out(), call.empty_statistic()
-        saved = allocate_saved(call)
-        self.launch(call, config, plan_forward(call, config, out, remainder, *saved))
+        saved = (call.empty_statistic(), call.empty_statistic(torch.int32)) if call.saves else (None, None)
+        kept = {} if call.kept is None else call.kept
+        prepared = kept.get("forward")
+        if prepared is None or prepared.numbers != (call.scale, call.skip_below):
+            prepared = kept["forward"] = self.prepare_forward(call, config, out)
+        params = prepared.params(call, out, remainder, *saved)
+        self.launch(prepared.kernel, prepared.grid, params, call.q.device.index)
         return out, remainder, saved
+
+    def prepare_forward(self, call: Call, config: CudaForward, out) -> PreparedForward:
+        """The launch that calls of this kind share."""
+        kernel = self.kernel(call, "forward", config)
+        return PreparedForward(kernel, query_blocks(call.problem, config), *pack_forward(call, out))
 
     def backward(self, call: Call, config: CudaBackward, remainder, saved, dout, dremainder):
         dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         for launch in plan_backward(call, config, remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv):
-            self.launch(call, config, launch)
+            self.launch(self.kernel(call, launch.kernel, config), launch.grid, launch.params, call.q.device.index)
         return dq, dk, dv
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedForward:
+    """A forward's only launch but for its pointers. A short call's time is the host's: the rest is packed once."""
+
+    kernel: object
+    grid: int
+    words: array.array  # FORWARD_PARAMS in 8-byte words
+    numbers: tuple[float, float]  # scale and skip_below in there
+
+    def params(self, call: Call, out, remainder, oldest_carry, oldest_tile, ticket=None) -> bytes:
+        """What to launch with; oldest_carry, oldest_tile and ticket may be None."""
+        words = self.words[:]
+        words[0], words[4], words[8], words[12] = call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr(), out.data_ptr()
+        words[16], words[-4] = _pointer(call.cu_seqlens), remainder.data_ptr()
+        words[-3], words[-2], words[-1] = _pointer(oldest_carry), _pointer(oldest_tile), _pointer(ticket)
+        return words.tobytes()
+
+
+def pack_forward(call: Call, out) -> tuple[array.array, tuple[float, float]]:
+    """The last two fields of a PreparedForward."""
+    tensors = [value for x in (call.q, call.k, call.v, out) for value in pack_tensor(x)]
+    packed = FORWARD_PARAMS.pack(*tensors, *pack_shape(call, call.problem.aligned), 0, 0, 0, 0)
+    return array.array("q", packed), (call.scale, call.skip_below)
 
 
 def malformed(kernel: str, options: dict[str, int]) -> str | None:
@@ -195,19 +240,31 @@ def shared_bytes(kernel: str, block_d: int, block_dv: int, options: dict[str, in
 
 @functools.cache
 def fitting_configs(backend: KernelBackend, head_dim: int, value_dim: int, dtype: str, device: str):
-    """The first (forward, backward) of the backend's config_pairs that fits the device; None if none does."""
+    """Those (forward, backward) of the backend's config_pairs that fit the device."""
     problem = Problem(1, 1, 1, 1, 1, head_dim, value_dim, dtype, device)
-    for forward, backward in backend.config_pairs(problem):
-        reasons = [KernelBackend.illegal(backend, *pair) for pair in ((problem, forward), (problem.reversed(), backward))]
-        if reasons == [None, None]:
-            return forward, backward
-    return None
+    fit = lambda direction, config: KernelBackend.illegal(backend, direction, config) is None  # noqa: E731
+    return [pair for pair in backend.config_pairs(problem) if fit(problem, pair[0]) and fit(problem.reversed(), pair[1])]
 
 
 @functools.cache
 def shared_limit(device: str) -> int:
     """Bytes of shared memory a block may have on a CUDA device."""
     return SHARED_LIMIT.get(torch.cuda.get_device_capability(device), SHARED_LIMIT_ELSEWHERE)
+
+
+@functools.cache
+def multiprocessors(device: str) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def query_blocks(problem: Problem, config: CudaForward) -> int:
+    """How many blocks of BLOCK_M query rows there are."""
+    return problem.batch * problem.heads * ceil_div(problem.queries, config.BLOCK_M)
+
+
+def current_stream(device: int) -> int:
+    """The device's current cudaStream_t. What torch.cuda.current_stream wraps into an object, which takes ten times as long."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def _pointer(x: torch.Tensor | None) -> int:
@@ -229,22 +286,6 @@ def pack_shape(call: Call, aligned: bool) -> tuple:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def allocate_saved(call: Call) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """oldest_carry and oldest_tile, which a forward leaves for the backward; None if none may follow."""
-    return (call.empty_statistic(), call.empty_statistic(torch.int32)) if call.saves else (None, None)
-
-
-def plan_forward(call: Call, config: CudaForward, out, remainder, oldest_carry, oldest_tile, ticket=None) -> Launch:
-    """The forward's only launch. oldest_carry, oldest_tile and ticket may be None."""
-    p = call.problem
-    params = FORWARD_PARAMS.pack(
-        *pack_tensor(call.q), *pack_tensor(call.k), *pack_tensor(call.v), *pack_tensor(out),
-        *pack_shape(call, p.aligned),
-        remainder.data_ptr(), _pointer(oldest_carry), _pointer(oldest_tile), _pointer(ticket),
-    )  # fmt: skip
-    return Launch("hopper_forward" if config.HOPPER else "forward", ceil_div(p.queries, config.BLOCK_M) * p.batch * p.heads, params)
 
 
 def plan_backward(call: Call, config: CudaBackward, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):

@@ -15,7 +15,7 @@ from ..problem import Problem
 from ..sources import device_headers
 from . import launches, nvrtc
 from .base import Call
-from .launches import CudaBackward, CudaForward, KernelBackend, Launch
+from .launches import CudaBackward, CudaForward, KernelBackend
 
 TYPES = {"float16": "sbk::half", "bfloat16": "sbk::bfloat"}
 # The log-space run is the one template argument that tells these kernels from the extension's.
@@ -49,7 +49,9 @@ class PtxBackend(KernelBackend):
         if max(_widths(problem)) > WIDE:
             forwards, keys = [(64, 32), (64, 16)], [(32, 16, 4, 2, 2)]
         else:
-            forwards, keys = [(64, 64), (128, 64), (64, 32)], [(64, 16, 4, 2, 1), (32, 16, 4, 2, 1)]
+            forwards = [(128, 32), (128, 64), (64, 64), (64, 32)]
+            forwards = forwards if max(_widths(problem)) > 64 else forwards[1:]
+            keys = [(64, 16, 4, 2, 1), (32, 16, 4, 2, 1)]
         return [
             (CudaForward(*forward, 4, 2), CudaBackward(16, 64, forward[1], 4, 2, *options))
             for forward, options in itertools.product(forwards, keys)
@@ -61,14 +63,15 @@ class PtxBackend(KernelBackend):
     def sources(self):
         return [__file__, nvrtc.__file__, *super().sources()]
 
-    def launch(self, call: Call, config, launch: Launch) -> None:
-        if launch.grid:
-            problem, index = call.problem, call.q.device.index
-            widths = _widths(problem)
-            function = _function(launch.kernel, problem.dtype, widths, config, index)
-            options = config.of(launch.kernel)
-            shared, stream = launches.shared_bytes(launch.kernel, *widths, options), torch.cuda.current_stream(index).cuda_stream
-            nvrtc.launch(function, launch.grid, 32 * options["NUM_WARPS"], shared, launch.params, stream, index)
+    def kernel(self, call: Call, kernel: str, config):
+        """The loaded kernel, its threads, and its bytes of shared memory."""
+        widths, options = _widths(call.problem), config.of(kernel)
+        function = _function(kernel, call.problem.dtype, widths, config, call.q.device.index)
+        return function, 32 * options["NUM_WARPS"], launches.shared_bytes(kernel, *widths, options)
+
+    def launch(self, kernel, grid: int, params: bytes, device: int) -> None:
+        function, threads, shared = kernel
+        nvrtc.launch(function, grid, threads, shared, params, launches.current_stream(device), device)
 
 
 def _widths(problem: Problem) -> tuple[int, int]:

@@ -47,8 +47,6 @@ class TorchBackend(Backend):
         block_m, block_n = min(block_m, _ceil_to(problem.queries, 16)), min(block_n, _ceil_to(problem.keys, 16))
         budget = TILE_ELEMENTS_CPU if on_cpu else TILE_ELEMENTS_GPU
         heads = max(1, budget // (block_m * block_n * problem.group))
-        if problem.direction == "backward":  # which keeps all tiles of a block of rows: fewer heads rather than fewer rows
-            heads = max(1, min(heads, env.workspace() // (TILES_KEPT * block_m * problem.group * max(problem.keys, 1))))
         units = (1 if problem.varlen else problem.batch) * problem.kv_heads
         return TorchConfig(block_m, block_n, min(heads, max(units, 1)))
 
@@ -81,7 +79,9 @@ class TorchBackend(Backend):
     def backward(self, call: Call, config: TorchConfig, remainder, saved, dout, dremainder):
         dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
         rows = {"remainder": remainder, "dout": dout, "dremainder": dremainder, "dq": dq}
-        for part in _parts(call, config.HEADS, **rows):
+        # All tiles of a block of rows are kept: fewer heads rather than fewer rows where the workspace does not hold them.
+        head_bytes = TILES_KEPT * config.BLOCK_M * call.problem.group * max(call.problem.keys, 1)
+        for part in _parts(call, max(1, min(config.HEADS, env.workspace() // head_bytes)), **rows):
             _backward(part, config, part.slice_of(dk), part.slice_of(dv))
         return dq, dk, dv
 
