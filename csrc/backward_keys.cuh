@@ -54,25 +54,12 @@ template <class C, int WIDTH, bool KEEP> struct KeyRows {
 
   // acc [16 MT, KEY_GROUP] += a rows^T, a the tile rows from its address on.
   template <int MT> SBK_FN void multiply(float (&acc)[MT][C::NT][4], unsigned a) const {
+    multiply_rows<typename C::T, WIDTH>(acc, a, [&](unsigned (&columns)[4], int n, int k) {
+      if constexpr (!KEEP) load_matrices<false>(columns, address_of(n, k));
 #pragma unroll
-    for (int k = 0; k < WIDTH / 16; k++) {
-      unsigned rows[MT][4];
-#pragma unroll
-      for (int mt = 0; mt < MT; mt++) load_matrices<false>(rows[mt], a + (mt * 16 * tile_stride<WIDTH> + k * 16) * 2);
-#pragma unroll
-      for (int n = 0; n < C::KT; n++) {
-        unsigned columns[4];
-        if constexpr (!KEEP) load_matrices<false>(columns, address_of(n, k));
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          if constexpr (KEEP) columns[i] = kept[n][k][i];
-#pragma unroll
-        for (int mt = 0; mt < MT; mt++) {
-          multiply_add<typename C::T>(acc[mt][2 * n], rows[mt], columns[0], columns[1]);
-          multiply_add<typename C::T>(acc[mt][2 * n + 1], rows[mt], columns[2], columns[3]);
-        }
-      }
-    }
+      for (int i = 0; i < 4; i++)
+        if constexpr (KEEP) columns[i] = kept[n][k][i];
+    });
   }
 };
 
@@ -100,13 +87,7 @@ SBK_FN void weigh_and_differentiate(float (&dz)[C::MT][C::NT][4], typename C::Ru
     put_row(dA[i / 2], i % 2, A);
 #pragma unroll
     for (int t = 0; t < C::RUN; t++) sum += a[t] *= A[t];
-    float before = load_shared(state + i * 32 + C::STATE_BYTES) + scan_older(sum, q).before;
-#pragma unroll
-    for (int t = 0; t < C::RUN; t++) {
-      const float next = before + a[t];
-      a[t] = run.gradient(t, a[t], before);
-      before = next;
-    }
+    differentiate(run, a, load_shared(state + i * 32 + C::STATE_BYTES) + scan_older(sum, q).before);
     put_row(dz[i / 2], i % 2, a);
   });
 }

@@ -56,16 +56,11 @@ SBK_FN void differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[
 #pragma unroll
     for (int t = 0; t < C::RUN; t++) sum += a[t] *= A[t];
     const auto older = scan_older(sum, q);
-    float before = row.older_sum + older.before;
+    const float before = row.older_sum + older.before;
     row.older_sum += older.total;
     if (q % C::RUNS_PER_GROUP == C::RUNS_PER_GROUP - 1) state_carry[i * 8] = carry;
     if (q % C::RUNS_PER_GROUP == 0) state_sum[i * 8] = before;
-#pragma unroll
-    for (int t = 0; t < C::RUN; t++) {
-      const float next = before + a[t];
-      a[t] = run.gradient(t, a[t], before);
-      before = next;
-    }
+    differentiate(run, a, before);
     put_row(dz[i / 2], i % 2, a);
   });
 }

@@ -28,12 +28,12 @@ SBK_FN void barrier_arrive(unsigned barrier) { asm volatile("mbarrier.arrive.sha
 SBK_FN void barrier_arrive_expecting(unsigned barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Whether the latest phase of this parity has ended, waiting up to about a microsecond for it. A phase before the first counts as
-// ended and as odd, so that whoever fills a buffer first waits for nothing.
+// Whether the latest phase of this parity has ended, waiting a while for it, as long as the hardware likes. A phase before the first
+// counts as ended and as odd, so that whoever fills a buffer first waits for nothing.
 SBK_FN bool barrier_try_wait(unsigned barrier, int parity) {
   unsigned done;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3; selp.u32 %0, 1, 0, p;}"
-               : "=r"(done) : "r"(barrier), "r"(parity), "r"(1000) : "memory");
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
   return done;
 }
 // Until it has, or `limit` tries have been made; whether it has.
@@ -48,6 +48,9 @@ SBK_FN void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::
 SBK_FN void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- Registers: a warpgroup gives some back, or waits for some; multiples of 8 ----
+
+// What a block of so many threads has to share out. NOTE: who waits for more than there are waits for ever.
+constexpr int registers_at_start(int threads) { return 65536 / threads / 8 * 8 * threads; }
 
 template <int COUNT> SBK_FN void registers_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT> SBK_FN void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }

@@ -1,10 +1,10 @@
 // Backward of stick-breaking attention on Hopper, dq, dk and dv in one pass of five products: equations (8) to (10).
 //
-//     grid        batch * heads * N / BLOCK_N blocks of THREADS: one per (head, key tile), taken by ticket
+//     grid        batch * key heads * N / BLOCK_N blocks of THREADS: one per (key head, key tile), taken by ticket
 //     warpgroups  0 and 1: the older and the newer half of the tile's keys, with dk and dv of the half in registers; 2: a warp each
 //                 for loads, for state in, for state out and for dq
 //     k, v        the tile [BLOCK_N, D], keys permuted within each half (tile.cuh); q, dout [BLOCK_M, D] in STAGES, by tensor maps
-//     step        one block of BLOCK_M queries that visits the tile, from the diagonal on
+//     step        one block of BLOCK_M queries that visits the tile, from the diagonal on, of one query head after the other
 //
 // A query block's chain runs from its oldest visited tile to the newest, one tile after the other: two floats a row, `state` in
 // global memory. Tickets go out tile after tile within a group of heads, so whoever is waited for has started, whatever order the
@@ -16,7 +16,7 @@
 // The walk starts from the stick left by the tiles done; in a row's oldest visited tile, where the stick may be used up, and in its
 // newest one, from what enters from the newer side, divided. dq is summed in global memory, in the chain's order.
 //
-// Needs M = N, a multiple of BLOCK_N; D = Dv; a key head for each query head; rows on 16 bytes. Maps of 16-bit elements, swizzled
+// Needs M = N, a multiple of BLOCK_N; D = Dv; rows on 16 bytes. Maps of 16-bit elements, swizzled
 // by 128 bytes, for C = D * heads_in_row columns and rows of S bytes:
 //     q, dout         3 dimensions [C, N, rest], box [64, 64, 1]
 //     k, v, dk, dv    5 dimensions [C, 2, 4, N / 2, rest], strides S, 16 S, 2 S, box [64, 2, 4, 8, 1]: 64 keys in permuted order
@@ -28,14 +28,13 @@ namespace sbk {
 namespace hopper_backward {
 
 // A block's half of dq to the warp that adds it up.
-template <class C> SBK_FN void hand_dq_over(Shared<C>& s, const float (&dq)[C::HEAD_DIM / 4], int half, int n, int* error) {
-  wait(s, DQ_EMPTY + half, n % 2 ^ 1, error);
-  float4* to = reinterpret_cast<float4*>(s.dq[half]) + threadIdx.x % 128;
+template <class C> SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq)[C::HEAD_DIM / 4], int half, int n, int lane) {
+  barriers.wait(DQ_EMPTY + half, n % 2 ^ 1);
 #pragma unroll
-  for (int j = 0; j < C::HEAD_DIM / 16; j++) to[j * 128] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-  fence_async_shared();
+  for (int j = 0; j < C::HEAD_DIM / 16; j++)
+    store_shared(to + j * 128 * 16, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
   __syncwarp();
-  if (threadIdx.x % 32 == 0) arrive(s, DQ_FULL + half);
+  if (lane == 0) barriers.arrive(DQ_FULL + half);
 }
 
 // Accumulator [HALF_N, D] times scale, rounded, to slabs slab_bytes apart; `stored` as in consume().
@@ -54,21 +53,27 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
   using T = typename C::T;
   using Simple = SimplePath<C::RUN>;
   constexpr int D = C::HEAD_DIM;
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4, row = warp * 16 + lane / 4;
-  const bool first_lane = lane == 0;
-  const float scale_log2 = p.shape.scale * LOG2_E;
-  auto wait_for = [&](int barrier, int parity) { wait(s, barrier, parity, p.error); };
+  const unsigned base = kept_address(shared_address(&s));
+
+  // Where things lie in shared memory.
+  using Here = Shared<C>;
+  const unsigned q_tile = base + offsetof(Here, q), dout_tile = base + offsetof(Here, dout), k_tile = base + offsetof(Here, k);
+  const unsigned v_tile = base + offsetof(Here, v), weights_tile = base + offsetof(Here, weights) + half * C::HALF_BYTES;
+  const unsigned dz_tiles = base + offsetof(Here, dz), dq_tile = base + offsetof(Here, dq) + half * (C::DQ_FLOATS * 4);
+  const Barriers barriers = {base + (unsigned)offsetof(Here, barriers), p.error};
+  constexpr int STATE = offsetof(Here, state), NEXT = offsetof(Here, next), EXCESS = offsetof(Here, excess), SUM = offsetof(Here, sum);
+  constexpr int SECOND = 8 * ROW_BYTES;  // a thread's second row
 
   // Operands of the five products. Rows: along k; columns: across it, of the half's keys or, k_columns, the half's part of D.
   constexpr int Q_STAGE = further(C::Q_BYTES), DZ_STAGE = further(2 * C::HALF_BYTES);
-  const uint64 q_rows = operand(shared_address(s.q), 0), dout_rows = operand(shared_address(s.dout), 0);
-  const uint64 k_rows = operand(shared_address(s.k) + half * C::HALF_BYTES, 0);
-  const uint64 v_rows = operand(shared_address(s.v) + half * C::HALF_BYTES, 0);
-  const uint64 dz_rows = operand(shared_address(s.dz), 0);
-  const uint64 k_columns = operand(shared_address(s.k) + half * (D == 128 ? C::K_SLAB_BYTES : SLAB_ROW_BYTES / 2), 0);
-  const uint64 q_columns = operand(shared_address(s.q), C::Q_SLAB_BYTES);
-  const uint64 dout_columns = operand(shared_address(s.dout), C::Q_SLAB_BYTES);
-  const uint64 A_columns = operand(shared_address(s.weights[half]), 0), dz_columns = operand(shared_address(s.dz[0][half]), 0);
+  const uint64 q_rows = operand(q_tile, 0), dout_rows = operand(dout_tile, 0);
+  const uint64 k_rows = operand(k_tile + half * C::HALF_BYTES, 0);
+  const uint64 v_rows = operand(v_tile + half * C::HALF_BYTES, 0);
+  const uint64 dz_rows = operand(dz_tiles, 0);
+  const uint64 k_columns = operand(k_tile + half * (D == 128 ? C::K_SLAB_BYTES : SLAB_ROW_BYTES / 2), 0);
+  const uint64 q_columns = operand(q_tile, C::Q_SLAB_BYTES);
+  const uint64 dout_columns = operand(dout_tile, C::Q_SLAB_BYTES);
+  const uint64 A_columns = operand(weights_tile, 0), dz_columns = operand(dz_tiles + half * C::HALF_BYTES, 0);
   auto multiply_dq = [&](float (&dq)[D / 4], int stage) {
     wgmma_fence();
 #pragma unroll
@@ -76,41 +81,40 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       wgmma_step<T, ALONG_K, ACROSS_K>(dq, dz_rows + stage * DZ_STAGE + along_k(i, C::HALF_BYTES), k_columns + across_k(i), i);
     wgmma_commit();
   };
-  // A lane's place for store_matrices: row lane % 16 of the warp's, and there the piece lane / 16, swizzled. 16 columns on are 32
-  // bytes, added without carry.
-  const unsigned stored = (warp * 16 + lane % 16) * SLAB_ROW_BYTES + ((lane / 16 ^ lane % 8) << 4);
-
   float dk[D / 2], dv[D / 2], e[32], dA[32];
-  wait_for(K_FULL, 0);
-  wait_for(V_FULL, 0);
+  barriers.wait(K_FULL, 0);
+  barriers.wait(V_FULL, 0);
 
 #pragma unroll 1
   for (int n = 0; n < s.work.steps; n++) {
+    const auto [lane, q, row, stored] = Thread(kept(threadIdx.x % 128));
+    const bool first_lane = lane == 0;
     const int stage = n % C::STAGES, parity = n / C::STAGES % 2, slot = n % C::SLOTS, slot_parity = n / C::SLOTS % 2;
 
     // dq of two steps ago (before the third: of what is there, and thrown away), then s = q k^T.
     float dq[D / 4];
-    if (n >= 2) wait_for(DZ_FULL + stage, parity ^ 1);
+    if (n >= 2) barriers.wait(DZ_FULL + stage, parity ^ 1);
     multiply_dq(dq, stage);
-    wait_for(Q_FULL + stage, parity);
+    barriers.wait(Q_FULL + stage, parity);
     const uint64 q_stage = q_rows + stage * Q_STAGE, dout_stage = dout_rows + stage * Q_STAGE;
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < D / 16; i++)
       wgmma_step<T, ALONG_K, ALONG_K>(e, q_stage + along_k(i, C::Q_SLAB_BYTES), k_rows + along_k(i, C::K_SLAB_BYTES), i);
     wgmma_commit();
+    const int off_diagonal = __shfl_sync(ALL_LANES, load_shared_int(base + (unsigned)offsetof(Here, off_diagonal) + stage * 4), 0);
     wgmma_wait<1>();  // dq, and of the last step dv and dk
     if (first_lane && n >= 1) {
-      arrive(s, DOUT_EMPTY + (stage ^ 1));
-      arrive(s, Q_EMPTY + (stage ^ 1));
-      if (n >= 2) arrive(s, DZ_EMPTY + stage);
+      barriers.arrive(DOUT_EMPTY + (stage ^ 1));
+      barriers.arrive(Q_EMPTY + (stage ^ 1));
+      if (n >= 2) barriers.arrive(DZ_EMPTY + stage);
     }
-    if (n >= 2) hand_dq_over<C>(s, dq, half, n - 2, p.error);
+    if (n >= 2) hand_dq_over<C>(barriers, dq_tile + kept(threadIdx.x % 128) * 16, dq, half, n - 2, lane);
     wgmma_wait<0>();
 
     // dA = dout v^T and, between its steps, e = 2^s.
     float excess[2] = {0.f, 0.f};
-    wait_for(DOUT_FULL + stage, parity);
+    barriers.wait(DOUT_FULL + stage, parity);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -121,16 +125,16 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         float &e0 = e[element(2 * i, r)], &e1 = e[element(2 * i + 1, r)];
-        e0 = ex2(e0 * scale_log2);
-        e1 = ex2(e1 * scale_log2);
+        e0 = ex2(e0 * p.scale_log2);
+        e1 = ex2(e1 * p.scale_log2);
         excess[r] = Simple::combine(excess[r], Simple::combine(e0, e1));
       }
     }
     wgmma_commit();
-    if (n < 2) {  // on the diagonal
+    if (off_diagonal < 2) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int visible = n * C::BLOCK_M + row + r * 8 + p.shape.attend_current - half * C::HALF_N - q * C::RUN;
+        const int visible = off_diagonal * C::BLOCK_M + Thread(kept(threadIdx.x % 128)).row + r * 8 + p.shape.attend_current - half * C::HALF_N - q * C::RUN;
         excess[r] = 0.f;
 #pragma unroll
         for (int t = 0; t < C::RUN; t++) {
@@ -142,6 +146,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     }
 
     // Totals of the half, for the other one.
+    const unsigned here = base + (slot * C::BLOCK_M + row) * ROW_BYTES;
     const int exact = find_exact_rows(excess, lane);
     HalfScan scans[2];
 #pragma unroll
@@ -150,49 +155,56 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       scans[r] = {scan.before, scan.total};
     }
     if (exact) {
-      wait_for(STATE_FULL + slot, slot_parity);
-      const float carry[2] = {s.state[slot][row].x, s.state[slot][row + 8].x};
+      barriers.wait(STATE_FULL + slot, slot_parity);
+      const float carry[2] = {load_shared<STATE>(here), load_shared<STATE + SECOND>(here)};
       scan_exactly<C::RUN>(e, scans, exact, carry, q);
     }
     if (q == 0) {
-#pragma unroll
-      for (int r = 0; r < 2; r++) s.excess[slot][half][row + r * 8] = scans[r].total;
+      store_shared<EXCESS>(here + half * 4, scans[0].total);
+      store_shared<EXCESS + SECOND>(here + half * 4, scans[1].total);
     }
     __syncwarp();
-    if (first_lane) arrive(s, EXCESS_FULL + half * C::SLOTS + slot);
+    if (first_lane) barriers.arrive(EXCESS_FULL + half * C::SLOTS + slot);
 
     // Where the runs start.
     float start[2], next[2];
-    wait_for(STATE_FULL + slot, slot_parity);
-    const float carry[2] = {s.state[slot][row].x, s.state[slot][row + 8].x};
-    const bool entering = __any_sync(0xffffffffu, carry[0] < 0.f || carry[1] < 0.f);
-    if (half == 1 && first_lane) arrive(s, STATE_EMPTY + slot);
-    if (half == 1 || entering) wait_for(EXCESS_FULL + (half ^ 1) * C::SLOTS + slot, slot_parity);
+    barriers.wait(STATE_FULL + slot, slot_parity);
+    const float carry[2] = {load_shared<STATE>(here), load_shared<STATE + SECOND>(here)};
+    const bool entering = __any_sync(ALL_LANES, carry[0] < 0.f || carry[1] < 0.f);
+    if (half == 1 && first_lane) barriers.arrive(STATE_EMPTY + slot);
+    float other[2] = {0.f, 0.f};
+    if (half == 1 || entering) {
+      barriers.wait(EXCESS_FULL + (half ^ 1) * C::SLOTS + slot, slot_parity);
+      other[0] = load_shared<EXCESS>(here + (half ^ 1) * 4);
+      other[1] = load_shared<EXCESS + SECOND>(here + (half ^ 1) * 4);
+    }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float other = half == 1 || entering ? s.excess[slot][half ^ 1][row + r * 8] : 0.f;
-      if (carry[r] < 0.f) {
-        next[r] = -carry[r];
+      const float left = Simple::undo(carry[r], half == 1 ? other[r] : 0.f);
+      next[r] = Simple::undo(left, scans[r].total);
+      start[r] = Simple::undo(left, scans[r].older);
+    }
+    if (entering) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
         const float share = exact >> r & 1 ? scans[r].older : Simple::enter(1.f + scans[r].older, scans[r].total);
-        start[r] = (half == 1 ? next[r] : Simple::enter(next[r], other)) * share;
-      } else {
-        const float left = half == 1 ? Simple::undo(carry[r], other) : carry[r];
-        next[r] = Simple::undo(left, scans[r].total);
-        start[r] = Simple::undo(left, scans[r].older);
+        const float entered = half == 1 ? -carry[r] : Simple::enter(-carry[r], other[r]);
+        next[r] = carry[r] < 0.f ? -carry[r] : next[r];
+        start[r] = carry[r] < 0.f ? entered * share : start[r];
       }
     }
     if (half == 1) {
-      wait_for(NEXT_EMPTY + slot, slot_parity ^ 1);
+      barriers.wait(NEXT_EMPTY + slot, slot_parity ^ 1);
       if (q == 0) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) s.next[slot][row + r * 8].x = next[r];
+        store_shared<NEXT>(here, next[0]);
+        store_shared<NEXT + SECOND>(here, next[1]);
       }
     }
     wgmma_wait<0>();  // dA
 
     // Walk: A, and x in place of dA.
     if (exact) {
-      walk_exactly<T, C::RUN>(e, dA, start, exact, shared_address(s.weights[half]) + row * SLAB_ROW_BYTES, lane);
+      walk_exactly<T, C::RUN>(e, dA, start, exact, weights_tile + Thread(kept(threadIdx.x % 128)).row * SLAB_ROW_BYTES, lane);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -210,7 +222,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
           packed[r] = pack<T>(A[0], A[1]);
           packed[2 + r] = pack<T>(A[2], A[3]);
         }
-        store_matrices(shared_address(s.weights[half]) + (stored ^ i << 5), packed);
+        store_matrices(weights_tile + (stored ^ i << 5), packed);
       }
     }
     fence_async_shared();
@@ -236,23 +248,24 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     // Sums of a: the older runs', and on to the newer half or the next tile.
     const Scan<float> sums[2] = {scan_older(sum[0], q), scan_older(sum[1], q)};
     float before[2];
-    if (half == 1) wait_for(SUM_FULL + slot, slot_parity);
-#pragma unroll
-    for (int r = 0; r < 2; r++) before[r] = half == 0 ? s.state[slot][row + r * 8].y : s.sum[slot][row + r * 8];
+    if (half == 1) barriers.wait(SUM_FULL + slot, slot_parity);
+    const unsigned from = here + (half == 0 ? STATE + 4 : SUM), to = here + (half == 0 ? SUM : NEXT + 4);
+    before[0] = load_shared(from);
+    before[1] = load_shared<SECOND>(from);
     if (q == 0) {
-#pragma unroll
-      for (int r = 0; r < 2; r++) (half == 0 ? s.sum[slot][row + r * 8] : s.next[slot][row + r * 8].y) = before[r] + sums[r].total;
+      store_shared(to, before[0] + sums[0].total);
+      store_shared<SECOND>(to, before[1] + sums[1].total);
     }
     __syncwarp();
     if (first_lane) {
-      if (half == 0) arrive(s, STATE_EMPTY + slot);
-      arrive(s, (half == 0 ? SUM_FULL : NEXT_FULL) + slot);
+      if (half == 0) barriers.arrive(STATE_EMPTY + slot);
+      barriers.arrive((half == 0 ? SUM_FULL : NEXT_FULL) + slot);
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) before[r] += sums[r].before;
 
     // dz.
-    wait_for(DZ_EMPTY + stage, parity ^ 1);
+    barriers.wait(DZ_EMPTY + stage, parity ^ 1);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       unsigned packed[4];
@@ -261,11 +274,11 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         const int at = 8 * i + 2 * (y % 2) + 4 * (y / 2);
         packed[y] = pack<T>((dA[at] - before[y % 2]) * e[at], (dA[at + 1] - before[y % 2]) * e[at + 1]);
       }
-      store_matrices(shared_address(s.dz[stage][half]) + (stored ^ i << 5), packed);
+      store_matrices(dz_tiles + (stage * 2 + half) * C::HALF_BYTES + (stored ^ i << 5), packed);
     }
     fence_async_shared();
     named_sync(OLDER_HALF + half, 128);
-    if (threadIdx.x % 128 == 0) arrive(s, DZ_FULL + stage);
+    if (first_lane) barriers.arrive(DZ_FULL + stage);
 
     // dk += dz^T q.
     wgmma_fence();
@@ -280,21 +293,22 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 #pragma unroll 1
   for (int n = s.work.steps - 2; n < s.work.steps; n++) {
     float dq[D / 4];
-    wait_for(DZ_FULL + n % 2, n / 2 % 2);
+    barriers.wait(DZ_FULL + n % 2, n / 2 % 2);
     multiply_dq(dq, n % 2);
     wgmma_wait<0>();
-    hand_dq_over<C>(s, dq, half, n, p.error);
+    hand_dq_over<C>(barriers, dq_tile + threadIdx.x % 128 * 16, dq, half, n, threadIdx.x % 32);
   }
 
   // Store dv through the half's rows of v, which only its own products read, dk through a stage of q; the maps put keys in order.
-  const unsigned dv_tile = shared_address(s.v) + half * C::HALF_BYTES, dk_tile = shared_address(s.q[half]);
+  const unsigned stored = Thread(threadIdx.x % 128).stored;
+  const unsigned dv_tile = v_tile + half * C::HALF_BYTES, dk_tile = q_tile + half * C::Q_BYTES;
   stage_sums<C>(dv_tile, C::K_SLAB_BYTES, stored, dv, 1.f);
   named_sync(BOTH_HALVES, 256);  // both are done with q
   stage_sums<C>(dk_tile, C::Q_SLAB_BYTES, stored, dk, p.shape.scale);
   fence_async_shared();
   named_sync(OLDER_HALF + half, 128);
   if (threadIdx.x % 128 == 0) {
-    const int head = s.work.head, keys = s.work.tile * (C::BLOCK_N / 2) + half * (C::HALF_N / 2);
+    const int head = s.work.key_head, keys = s.work.tile * (C::BLOCK_N / 2) + half * (C::HALF_N / 2);
     for (int i = 0; i < C::SLABS; i++) {
       const int column = i * SLAB_COLUMNS;
       store_box(dv_tile + i * C::K_SLAB_BYTES, &p.dv.map, column_of(p.dv, head, D) + column, 0, 0, keys, place_of(p.dv, head));
@@ -330,12 +344,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
   // Find this block's tile, and count its steps.
   const int tiles = p.shape.keys / C::BLOCK_N, blocks = p.shape.queries / C::BLOCK_M;
   const int ticket = __shfl_sync(0xffffffffu, s.ticket, 0), group = ticket / (p.heads_per_group * tiles);
-  const int heads = min(p.heads_per_group, p.shape.batch * p.shape.heads - group * p.heads_per_group);
-  const int in_group = ticket - group * p.heads_per_group * tiles;
-  Work work = {group * p.heads_per_group + in_group % heads, in_group / heads, in_group / heads * (C::BLOCK_N / C::BLOCK_M), 0};
-  const int* oldest = p.block_oldest + (int64)work.head * blocks;
-  for (int block = work.first_block + threadIdx.x; block - (int)threadIdx.x < blocks; block += C::THREADS)
-    work.steps += __syncthreads_count(block < blocks && oldest[block] <= work.tile);
+  const int heads = min(p.heads_per_group, p.shape.batch * p.shape.heads / p.shape.group - group * p.heads_per_group);
+  const int in_group = ticket - group * p.heads_per_group * tiles, key_head = group * p.heads_per_group + in_group % heads;
+  const int tile = in_group / heads, first_block = tile * (C::BLOCK_N / C::BLOCK_M), visiting = p.shape.group * (blocks - first_block);
+  Work work = {key_head, key_head * p.shape.group, tile, first_block, 0};
+  const int* oldest = p.block_oldest + work.first_head * blocks + first_block;
+  for (int i = threadIdx.x; i - (int)threadIdx.x < visiting; i += C::THREADS)
+    work.steps += __syncthreads_count(i < visiting && oldest[i / (blocks - first_block) * blocks + i % (blocks - first_block)] <= tile);
   if (threadIdx.x == 0) s.work = work;
   __syncthreads();
 

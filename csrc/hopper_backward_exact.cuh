@@ -45,18 +45,15 @@ struct Rests {
 template <int R> SBK_FN void scan_exactly(float (&e)[2 * R], HalfScan (&scans)[2], int exact, const float (&carry)[2], int q) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    float cut[R], rest = 1.f;
+    float rest = 1.f;
 #pragma unroll
     for (int t = 0; t < R; t++) {
-      cut[t] = min_nan(e[element(t, r)], MAX_E);
-      rest *= rcp(1.f + cut[t]);
+      float& x = e[element(t, r)];
+      x = exact >> r & 1 ? min_nan(x, MAX_E) : x;
+      rest *= rcp(1.f + x);
     }
     const Scan<float> newer = scan_newer<Rests>(rest, q), older = scan_newer<Rests>(rest, 3 - q);
-    if (exact >> r & 1) {
-      scans[r] = {carry[r] < 0.f ? newer.before : excess_of(older.before * rest), excess_of(newer.total)};
-#pragma unroll
-      for (int t = 0; t < R; t++) e[element(t, r)] = cut[t];
-    }
+    if (exact >> r & 1) scans[r] = {carry[r] < 0.f ? newer.before : excess_of(older.before * rest), excess_of(newer.total)};
   }
 }
 
@@ -68,10 +65,12 @@ SBK_FN void walk_exactly(const float (&e)[2 * R], float (&dA)[2 * R], const floa
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const unsigned row = weights + r * 8 * SLAB_ROW_BYTES + lane % 4 * 4;
+    const bool is_exact = exact >> r & 1;
     float left = start[r];
-    if (exact >> r & 1) {
+    // NOTE: a branch for each pair of keys keeps the compiler from starting all reciprocals at once, for which it has no registers.
 #pragma unroll
-      for (int t = R - 2; t >= 0; t -= 2) {
+    for (int t = R - 2; t >= 0; t -= 2) {
+      if (is_exact) {
         const float e0 = e[element(t, r)], e1 = e[element(t + 1, r)];
         const float left1 = left * rcp(1.f + e1);
         left = left1 * rcp(1.f + e0);
@@ -79,9 +78,10 @@ SBK_FN void walk_exactly(const float (&e)[2 * R], float (&dA)[2 * R], const floa
         dA[element(t, r)] *= left;
         dA[element(t + 1, r)] *= left1;
       }
-    } else {
+    }
 #pragma unroll
-      for (int t = 0; t < R; t += 2) {
+    for (int t = 0; t < R; t += 2) {
+      if (!is_exact) {
         const float e0 = e[element(t, r)], e1 = e[element(t + 1, r)];
         const float left1 = fmaf(left, e0, left);
         store_shared(row + ((t / 2 ^ lane / 4) << 4), pack<T>(left * e0, left1 * e1));

@@ -22,8 +22,9 @@ template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_> struct Hop
   static constexpr int SLABS = BLOCK_D / SLAB_COLUMNS;
   static constexpr int Q_SLAB = BLOCK_M * SLAB_ROW_BYTES, KEY_SLAB = BLOCK_N * SLAB_ROW_BYTES;
   static constexpr int Q_BYTES = SLABS * Q_SLAB, KEY_BYTES = SLABS * KEY_SLAB;
-  // Registers a thread: 65,536 are shared out in eights to the consumers, after what the loading warpgroup keeps.
+  // Of a thread, in eights.
   static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+  static_assert(128 * (CONSUMERS * CONSUMER_REGISTERS + LOADER_REGISTERS) <= registers_at_start(THREADS));
 };
 
 template <class C> struct HopperForwardShared {

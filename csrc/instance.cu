@@ -42,7 +42,7 @@ template <int BLOCK_D, int BLOCK_M, int ROWS, int NUM_WARPS, int NUM_STAGES, int
 
 #ifdef SBK_SM90A  // defined where sm_90a is among the architectures
 [[maybe_unused]] constexpr int64 L2_BUDGET = 24 << 20;  // bytes of keys and values that blocks side by side should share
-[[maybe_unused]] constexpr int HEADS_IN_CHAIN = 64;     // heads whose tiles are taken in turns: enough that no tile waits for the one before it
+[[maybe_unused]] constexpr int CHAIN_COLUMNS = 4096;    // of the query heads whose tiles are taken in turns, so that few tiles wait for the one before
 
 // Heads whose keys and values fit, at least one.
 [[maybe_unused]] int heads_side_by_side(const Shape& shape) { return int(L2_BUDGET / (int64(shape.keys) * (shape.head_dim + shape.value_dim) * sizeof(T))) + 1; }
@@ -70,14 +70,14 @@ template <bool MAPS> Clear prepare_hopper_backward(const void* packed, void* par
   auto& made = *static_cast<HopperBackwardParams*>(params);
   const auto& p = *static_cast<const HopperBackwardArguments*>(packed);
   const Shape& shape = p.shape;
-  const int B = shape.batch, H = shape.heads, M = shape.queries, N = shape.keys, D = shape.head_dim;
+  const int B = shape.batch, H = shape.heads, Hk = H / shape.group, M = shape.queries, N = shape.keys, D = shape.head_dim;
   if (MAPS) {
     made.q = map_rows("q", p.q, IS_HALF, B, H, M, D, HOPPER_BLOCK_M);
     made.dout = map_rows("dout", p.dout, IS_HALF, B, H, M, D, HOPPER_BLOCK_M);
-    made.k = map_keys("k", p.k, IS_HALF, B, H, N, D, HOPPER_BLOCK_N / 2);
-    made.v = map_keys("v", p.v, IS_HALF, B, H, N, D, HOPPER_BLOCK_N / 2);
-    made.dk = map_keys("dk", p.dk, IS_HALF, B, H, N, D, HOPPER_BLOCK_N / 2);
-    made.dv = map_keys("dv", p.dv, IS_HALF, B, H, N, D, HOPPER_BLOCK_N / 2);
+    made.k = map_keys("k", p.k, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2);
+    made.v = map_keys("v", p.v, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2);
+    made.dk = map_keys("dk", p.dk, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2);
+    made.dv = map_keys("dv", p.dv, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2);
   }
   made.dq = p.dq;
   made.shape = shape;
@@ -94,7 +94,8 @@ template <bool MAPS> Clear prepare_hopper_backward(const void* packed, void* par
   made.dq_turn = reinterpret_cast<int*>(scratch + at.dq_turn);
   made.ticket = reinterpret_cast<int*>(scratch + at.ticket);
   made.error = p.error;
-  made.heads_per_group = HEADS_IN_CHAIN;
+  made.heads_per_group = CHAIN_COLUMNS / D / shape.group > 0 ? CHAIN_COLUMNS / D / shape.group : 1;
+  made.scale_log2 = shape.scale * LOG2_E;
   return {nullptr, 0};
 }
 

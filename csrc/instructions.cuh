@@ -80,8 +80,15 @@ template <bool TRANSPOSED> SBK_FN void load_matrices(unsigned (&r)[4], unsigned 
 
 SBK_FN void store_shared(unsigned address, unsigned short x) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(x) : "memory"); }
 SBK_FN void store_shared(unsigned address, unsigned x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
-SBK_FN float load_shared(unsigned address) {
-  float x; asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory"); return x;
+template <int OFFSET = 0> SBK_FN void store_shared(unsigned address, float x) {
+  asm volatile("st.shared.f32 [%0 + %2], %1;" ::"r"(address), "f"(x), "n"(OFFSET) : "memory");
+}
+SBK_FN void store_shared(unsigned address, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+// At address + OFFSET.
+template <int OFFSET = 0> SBK_FN float load_shared(unsigned address) {
+  float x; asm volatile("ld.shared.f32 %0, [%1 + %2];" : "=f"(x) : "r"(address), "n"(OFFSET) : "memory"); return x;
 }
 SBK_FN int load_shared_int(unsigned address) {
   int x; asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory"); return x;

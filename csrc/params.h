@@ -111,7 +111,8 @@ struct HopperBackwardParams {
   int* dq_turn;       // [B * H, M / 64]: ... and to add to its dq_sum
   int* ticket;
   int* error;           // set to a nonzero code if a wait ran out; results are then void
-  int heads_per_group;  // heads whose tiles are taken in turns
+  int heads_per_group;  // key heads whose tiles are taken in turns
+  float scale_log2;     // scale * log2(e)
 };
 
 }  // namespace sbk

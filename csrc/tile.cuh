@@ -101,8 +101,9 @@ template <int MT, int NT> SBK_FN void zero(float (&acc)[MT][NT][4]) {
   for (int i = 0; i < MT * NT * 4; i++) (&acc[0][0][0])[i] = 0.f;
 }
 
-// acc [16 MT, 8 NT] += a b^T over WIDTH: a the tile rows from address a on, b those from b on (lane offsets included).
-template <typename T, int WIDTH, int MT, int NT> SBK_FN void multiply_rows(float (&acc)[MT][NT][4], unsigned a, unsigned b) {
+// acc [16 MT, 8 NT] += a b^T over WIDTH: a the tile rows from its address on (lane offsets included), b's rows 16 n on and columns
+// 16 k on what get(columns, n, k) leaves in `columns`.
+template <typename T, int WIDTH, int MT, int NT, typename Get> SBK_FN void multiply_rows(float (&acc)[MT][NT][4], unsigned a, Get get) {
 #pragma unroll
   for (int k = 0; k < WIDTH / 16; k++) {
     unsigned rows[MT][4];
@@ -111,7 +112,7 @@ template <typename T, int WIDTH, int MT, int NT> SBK_FN void multiply_rows(float
 #pragma unroll
     for (int n = 0; n < NT / 2; n++) {
       unsigned columns[4];
-      load_matrices<false>(columns, b + (n * 16 * tile_stride<WIDTH> + k * 16) * 2);
+      get(columns, n, k);
 #pragma unroll
       for (int mt = 0; mt < MT; mt++) {
         multiply_add<T>(acc[mt][2 * n], rows[mt], columns[0], columns[1]);
@@ -119,6 +120,12 @@ template <typename T, int WIDTH, int MT, int NT> SBK_FN void multiply_rows(float
       }
     }
   }
+}
+// b the tile rows from its address on.
+template <typename T, int WIDTH, int MT, int NT> SBK_FN void multiply_rows(float (&acc)[MT][NT][4], unsigned a, unsigned b) {
+  multiply_rows<T, WIDTH>(acc, a, [&](unsigned (&columns)[4], int n, int k) {
+    load_matrices<false>(columns, b + (n * 16 * tile_stride<WIDTH> + k * 16) * 2);
+  });
 }
 
 // acc [16 MT, 8 NT] += p b for p in registers (operand a, [MT][KT]) and the tile rows from address b on, 16 for each KT.
@@ -215,6 +222,16 @@ template <class Path> SBK_FN Scan<typename Path::Total> scan_newer(const typenam
 SBK_FN Scan<float> scan_older(float x, int q) {
   const float other = from_lane_xor(x, 1), pair = x + other, outer = from_lane_xor(pair, 2);
   return {(q & 1 ? other : 0.f) + (q & 2 ? outer : 0.f), pair + outer};
+}
+
+// A run's a of eq. (8) -> gradients of its logits, from dr r + sum of a over the older keys.
+template <class Run, int R> SBK_FN void differentiate(const Run& run, float (&a)[R], float older) {
+#pragma unroll
+  for (int t = 0; t < R; t++) {
+    const float sum = older + a[t];
+    a[t] = run.gradient(t, a[t], older);
+    older = sum;
+  }
 }
 
 // ---- Registers to global ----

@@ -28,7 +28,7 @@ def stickbreaking_attention(
         q: queries [B, H, M, D] (layout "bhnd") or [B, M, H, D] ("bnhd"); float64, float32, float16 or bfloat16.
         k: keys [B, Hk, N, D] or [B, N, Hk, D]; H is a multiple of Hk (grouped-query attention), M <= N: queries stand at the
             end of the keys, query i at position N - M + i.
-        v: values [B, Hk, N, Dv] or [B, N, Hk, Dv]. D and Dv up to 256. Any strides with a contiguous last dimension; no copies.
+        v: values [B, Hk, N, Dv] or [B, N, Hk, Dv]. D and Dv up to 256. Any strides with a contiguous last dimension.
         scale: factor on q . k; default D ** -0.5.
         attend_current: whether a query sees the key at its own position.
         layout: "bhnd" or "bnhd".

@@ -50,7 +50,8 @@ class CudaBackend(KernelBackend):
         return super().default_config(problem)
 
     def variants(self, problem: Problem):
-        return {} if self.unsupported(problem) else {"portable": super().default_config(problem)}
+        hopper_runs = not self.unsupported(problem) and self.default_config(problem).HOPPER
+        return {"portable": super().default_config(problem)} if hopper_runs else {}
 
     def illegal(self, problem: Problem, config) -> str | None:
         if config.HOPPER:
@@ -74,6 +75,9 @@ class CudaBackend(KernelBackend):
         for launch in hopper.plan_backward(call, _C.hopper_backward_scratch, *arguments):
             self.launch(self.kernel(call, launch.kernel, config), launch.grid, launch.params, call.q.device.index)
         return dq, dk, dv
+
+    def sources(self):
+        return [__file__, hopper.__file__, *super().sources()]
 
     def versions(self):
         return {"cuda kernels": f"{len(INSTANCES)} compiled"}

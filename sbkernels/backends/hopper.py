@@ -29,8 +29,6 @@ def not_covered(problem: Problem) -> str | None:
         return "takes sequences of one length"
     if problem.head_dim != problem.value_dim or problem.head_dim not in HEAD_DIMS:
         return f"takes equal head dims of 64 or 128, not {problem.head_dim} and {problem.value_dim}"
-    if problem.heads != problem.kv_heads:
-        return "takes as many key heads as query heads"
     if problem.queries != problem.keys or problem.keys % BLOCK_N:
         return f"takes as many queries as keys, a multiple of {BLOCK_N}, not {problem.queries} and {problem.keys}"
     if not problem.aligned:
@@ -88,7 +86,7 @@ def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_til
         )  # fmt: skip
         blocks = part.problem.batch * problem.heads * problem.queries // BLOCK_M
         yield Launch("hopper_backward_begin", ceil_div(blocks, 8), packed)
-        yield Launch("hopper_backward", blocks * BLOCK_M // BLOCK_N, packed)
+        yield Launch("hopper_backward", part.problem.batch * problem.kv_heads * problem.keys // BLOCK_N, packed)
         yield Launch("hopper_backward_end", blocks, packed)
 
 

@@ -175,7 +175,7 @@ def null_keys(lab: Lab) -> Result:
     out2, r2 = lab.attend(q[:, :, -1:], twice(k, null), twice(x.v, x.v), attend_current=True)
     return [
         ("o", largest(out.double() - out2.double()), 3 * lab.u * largest(x.v) + lab.e * largest(x.v)),
-        ("r", largest(r / r2 - 1), 2 * lab.e),
+        ("r", largest(r / r2 - 1), lab.e),
     ]
 
 

@@ -1,240 +1,41 @@
-"""The host build of csrc/math.cuh against float64: variants of softplus2 and 1 - beta, and the runs of the stick step.
-
-Bounds count roundings: U is the most that one rounding to float32 changes a number, relatively; a function of the mathematical
-library is right to one unit of the last place, at most 2 U. Results or factors below 2^-126 are flushed, an absolute TINY.
-"""
+"""The host build of csrc/math.cuh against float64: the runs of the stick step, by either formulation and path."""
 
 import numpy as np
 import pytest
-import torch
-
-math = pytest.importorskip("sbkernels._C", reason="the extension sbkernels._C is not built").math
-
-from sbkernels.bench import softplus  # noqa: E402
-
-U, TINY, LN_2 = 2.0**-24, 2.0**-126, np.log(2)
-STICKS = (1.0, 0.5, 2.0**-20, 2.0**-61)
-ROWS = 2000
-GROUPS = {name: group for name, _, group in math.variants()}
-CUTS = {"1 - beta rcp": math.MAX_LOGIT2, "1 - beta rcp of 2": math.MAX_LOGIT2, "1 - beta rcp of 4": math.UNCUT}
-
-
-def wide(x):
-    return np.asarray(x, dtype=np.float64)
-
-
-def softplus2(s):
-    return np.logaddexp2(0.0, wide(s))
-
-
-def one_minus_beta(s):
-    with np.errstate(over="ignore"):
-        return 1.0 / (1.0 + np.exp2(wide(s)))
-
-
-def bound_of(variant, s, truth):
-    """Largest absolute error of a variant's results; s and truth in float64."""
-    if variant == "softplus2 polynomial":
-        # The polynomial U / 2, ex2 2 U, the last two steps of the polynomial and the sum U each: 5.5 U, were all to meet. They
-        # do not: 3.3 U is the most over all inputs. What the kernels rely on:
-        return 2.0**-22 * truth + TINY / LN_2
-    if variant == "softplus2 library":
-        # exp2 and log1p 2 U each, LOG2_E and the product U each; above 25 less than U is cut off.
-        return 6 * U * truth + TINY
-    if variant == "softplus2 lg2":
-        # 1 + 2^s: 3 U, times log2(e); log2 2 U. Above 15 log2(1 + 2^-s) is cut off.
-        return 3 * U / LN_2 + 2 * U * truth + np.where(s > 15, softplus2(-s), 0.0)
-    if variant == "1 - beta tanh":
-        # Argument 2 U, at most 0.45 of which reach tanh; tanh U; the sum U / 2.
-        return np.full_like(s, 2.5 * U)
-    # Of the own factor 3 U; G - 1 products, the reciprocal 2 U, G products. Logits are cut.
-    cut = one_minus_beta(np.minimum(s, CUTS[variant]))
-    return (2 * GROUPS[variant] + 4) * U * cut + (cut - truth)
-
-
-@pytest.mark.parametrize("variant", GROUPS)
-def test_variant(variant):
-    """On all exponents of both signs and a dense grid; groups once of neighbours, once of strangers."""
-    s = softplus.samples()
-    s = s[np.isfinite(s)]
-    for inputs in (s, np.random.default_rng(0).permutation(s)):
-        inputs = inputs[: len(inputs) // 4 * 4]
-        truth = (softplus2 if variant.startswith("softplus2") else one_minus_beta)(inputs)
-        error = np.abs(math.evaluate(variant, inputs) - truth)
-        over = ~(error <= bound_of(variant, wide(inputs), truth))
-        assert not over.any(), f"s = {inputs[over][:5]}: errors {error[over][:5]}"
-
-
-@pytest.mark.parametrize("variant", GROUPS)
-def test_variant_of_no_number(variant):
-    G = GROUPS[variant]
-    nan, inf, minus_inf = (math.evaluate(variant, np.full(G, x, dtype=np.float32)) for x in (np.nan, np.inf, -np.inf))
-    assert np.isnan(nan).all()
-    if variant.startswith("softplus2"):
-        assert (inf == np.inf).all() and (minus_inf == 0).all()
-    else:
-        assert (inf >= 0).all() and (inf <= 2.0 ** -CUTS.get(variant, 126)).all() and (minus_inf == 1).all()
-
-
-@pytest.mark.parametrize("variant", GROUPS)
-def test_errors(variant):
-    """What `sbk softplus` reports, against the same from numpy."""
-    s = softplus.samples()[::7]
-    zeros = math.errors_on_cpu(variant, np.array([-0.0, 0.0, -0.0], dtype=np.float32))
-    assert not np.signbit([zeros.ulps_at, zeros.absolute_at]).any()  # of several inputs the smallest bits
-    found = math.errors_on_cpu(variant, s)
-    assert found.lost_nans == 0
-    s = s[~np.isnan(s)]
-    truth = (softplus2 if variant.startswith("softplus2") else one_minus_beta)(s)
-    with np.errstate(invalid="ignore"):
-        error = np.abs(math.evaluate(variant, np.repeat(s, GROUPS[variant])).reshape(len(s), -1) - truth[:, None]).max(1)
-    counted = np.isfinite(s) & (truth >= 2.0**-125)
-    ulps = error * np.exp2(24.0 - np.frexp(np.where(counted, truth, 1.0))[1])
-    for name, values in (
-        ("absolute", np.where(np.isnan(error), 0, error)),
-        ("ulps", np.where(counted, ulps, 0)),
-        ("ulps_uncut", np.where(counted & (np.abs(s) <= math.UNCUT), ulps, 0)),
-    ):
-        # A hundredth of U: what two float64 evaluations differ by.
-        assert getattr(found, name) == pytest.approx(values.max(), rel=1e-6, abs=0.01 * U), name
-        assert values[s == getattr(found, name + "_at")].max() == pytest.approx(values.max(), rel=1e-6, abs=0.01 * U), name
-
-
-# ---- Runs ----
-
-
-RUNS = (4, 8, 16, 32)
-PART = {4: 4, 8: 8, 16: 16, 32: 8}  # keys of a part of a run
-# What LinearRun's two paths choose from: MIXED takes the one or the other, EXACT is MIXED with no row taken for simple. LogRun's
-# paths are one.
-SIMPLE, MIXED, EXACT, LOG = ("linear", "simple"), ("linear", "mixed"), ("linear", "exact"), ("log", "mixed")
-PATHS = (SIMPLE, EXACT, LOG)
-of_paths = pytest.mark.parametrize("path", PATHS, ids="-".join)
-of_paths_for_all = pytest.mark.parametrize("path", PATHS[1:], ids="-".join)
-EXCESS, REST, IS_SIMPLE = range(3)  # columns of a total of MIXED and EXACT
-
-
-def logits(R, rows=ROWS):
-    """{regime: base-2 logits [rows, R]}."""
-    rng = np.random.default_rng(R)
-    shape = (rows, R)
-    made = {
-        "normal": rng.normal(0, 1, shape),
-        "stick survives": rng.normal(-8, 1.5, shape),
-        "small shares": rng.uniform(-34, -24, shape),
-        "around SIMPLE_LIMIT": rng.choice([30.0, -30.0], shape, p=(1 / R, 1 - 1 / R)) + rng.normal(0, 0.01, shape),
-        "large": rng.normal(0, 30, shape),
-        "saturated": rng.choice([-150.0, 0.0, 150.0], shape),
-        "all saturated": np.full(shape, 150.0),
-        "around the cut": rng.uniform(60, 66, shape),
-        "around a flush": rng.uniform(-130, -120, shape),
-        "enormous": rng.choice([-1e30, -1e5, 0.0, 1e5, 1e30], shape),
-        "infinite": rng.choice([-np.inf, 0.0, np.inf], shape),
-    }
-    return {name: s.astype(np.float32) for name, s in made.items()}
-
-
-def all_exponents():
-    """{regime: base-2 logits [n, 4]} of both signs, all exponents, a dense grid: alone, with an ordinary key, with neighbours."""
-    s = softplus.samples()[::7]
-    s = s[~np.isnan(s)]
-    s = s[: len(s) // 4 * 4]
-    places, rows = np.arange(len(s)) % 4, np.arange(len(s))
-    alone = np.full((len(s), 4), math.INVISIBLE, dtype=np.float32)
-    alone[rows, places] = s
-    beside = alone.copy()
-    beside[rows, 3 - places] = -1.0
-    return {"alone": alone, "beside": beside, "neighbours": s.reshape(-1, 4)}
-
-
-def cases():
-    regimes = [(name, R) for R in RUNS for name in logits(R, 1)] + [(name, None) for name in ("alone", "beside", "neighbours")]
-    return [pytest.param(name, R, id=f"{name}-{R or 'all exponents'}") for name, R in regimes]
-
-
-def case(name, R):
-    return logits(R)[name] if R else all_exponents()[name]
-
-
-def carries(formulation, rows):
-    """Sticks [rows] as carries."""
-    sticks = np.resize(np.array(STICKS), rows)
-    return sticks, (sticks if formulation == "linear" else -np.log2(sticks)).astype(np.float32)
-
-
-def sticks_of(formulation, carry):
-    return wide(carry) if formulation == "linear" else np.exp2(-wide(carry))
-
-
-def run(path, s, carry, a=None, older=None):
-    """math.run; without a and older, the gradient is 1 - beta."""
-    a = np.ones_like(s) if a is None else a
-    older = np.zeros_like(s) if older is None else older
-    return math.run(*path, s, carry, a, older)
-
-
-def run_where_taken(path, s, sticks, carry, *more):
-    """(s, sticks, answers) of the rows that the kernels would take this path with: SIMPLE where simple()."""
-    got = run(path, s, carry, *more)
-    if path != SIMPLE:
-        return s, sticks, got
-    return s[got["simple"]], sticks[got["simple"]], {name: x[got["simple"]] for name, x in got.items()}
-
-
-def number(path, total):
-    """The column of totals that the path goes by."""
-    return total[:, REST if path == EXACT else 0]
-
-
-def identity(path, rows):
-    return np.tile(math.constants(*path)["IDENTITY"], (rows, 1))
-
-
-def excess_of(s):
-    """Product of u, less 1, with all digits."""
-    with np.errstate(over="ignore"):
-        return np.expm1(LN_2 * softplus2(s).sum(1))
-
-
-def expected(path, s, sticks):
-    """Weights of eq. (3), what is left, and the total; in float64 and log space, of logits cut at MAX_LOGIT2."""
-    s = np.minimum(wide(s), math.MAX_LOGIT2)
-    spent = np.cumsum(softplus2(s)[:, ::-1], 1)[:, ::-1]  # from this key to the newest
-    total = {SIMPLE: excess_of(s), EXACT: np.exp2(-spent[:, 0])}.get(path, spent[:, 0])
-    return sticks[:, None] * np.exp2(s - spent), sticks * np.exp2(-spent[:, 0]), total
-
-
-def bounds(path, s, sticks):
-    """Largest absolute errors of what `expected` returns."""
-    weights, left, total = expected(path, s, sticks)
-    s = np.minimum(wide(s), math.MAX_LOGIT2)
-    R = s.shape[1]
-    if path == SIMPLE:
-        # Excess: ex2 2 U and two sums a key; a flushed key takes TINY times the other u. Left: 1 + excess, the reciprocal and the
-        # product besides. Weights: oldest key first, 2^s 2 U, the product and the sum a key. A subnormal stick is right to 2^-150,
-        # as is each weight in it, which all grow with the keys.
-        u = 1 + excess_of(s)
-        subnormal = ((R + 1) * 2.0**-150 * u)[:, None]
-        return (8 * R + 6) * U * weights + subnormal + TINY, (4 * R + 3) * U * left + 2.0**-150, 4 * R * U * total + R * TINY * u
-    if path == EXACT:
-        # A key: ex2 2 U, u U, the reciprocal and the product U each. A subnormal product, or stick, is right to 2^-150. Weights:
-        # the stick, 2^s 2 U and its product.
-        subnormal = (R + 1) * 2.0**-150
-        of_weights = (5 * R + 4) * U * weights + subnormal * np.exp2(s) + TINY
-        return of_weights, (5 * R + 1) * U * left + subnormal, 5 * R * U * total + subnormal
-    # Exponents: softplus2 4 U each, R sums on top of the carry, and the difference; ex2 2 U.
-    spent = np.cumsum(softplus2(s)[:, ::-1], 1)[:, ::-1]
-    carry = -np.log2(sticks)[:, None]
-    exponent = (4 * spent + R * (spent + carry) + np.abs(s - spent - carry)) * U
-    of_weights = (np.expm1(LN_2 * np.minimum(exponent, 100)) + 2 * U) * weights + TINY
-    of_total = (4 + R) * U * spent[:, 0] + R * TINY / LN_2
-    of_left = (np.expm1(LN_2 * (of_total + (spent + carry)[:, 0] * U)) + 2 * U) * left + TINY
-    return of_weights, of_left, of_total
-
-
-def check(what, got, truth, bound):
-    over = ~(np.abs(got - truth) <= bound)
-    assert not over.any(), f"{what} {got[over][:5]} at {np.argwhere(over)[:5].tolist()}: expected {truth[over][:5]}"
+from math_oracle import (
+    EXACT,
+    EXCESS,
+    IS_SIMPLE,
+    LN_2,
+    LOG,
+    MIXED,
+    PART,
+    REST,
+    ROWS,
+    RUNS,
+    SIMPLE,
+    TINY,
+    U,
+    bounds,
+    carries,
+    case,
+    cases,
+    check,
+    excess_of,
+    expected,
+    identity,
+    logits,
+    math,
+    number,
+    of_paths,
+    of_paths_for_all,
+    one_minus_beta,
+    run,
+    run_where_taken,
+    softplus2,
+    sticks_of,
+    wide,
+)
 
 
 @of_paths
@@ -533,8 +334,6 @@ def zeros(*shapes):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: math.evaluate("cosh", *zeros(4)), "expected one of 'softplus2 library'"),
-        (lambda: math.evaluate("1 - beta rcp of 4", *zeros(6)), r"s has shape \(6,\): expected \(4,\)"),
         (lambda: math.run("cubic", "simple", *zeros((2, 8), 2, (2, 8), (2, 8))), "expected 'linear' or 'log'"),
         (
             lambda: math.run("log", "simple", *zeros((2, 9), 2, (2, 9), (2, 9))),
@@ -554,20 +353,3 @@ def zeros(*shapes):
 def test_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("variant", GROUPS)
-def test_on_gpu(variant):
-    """Parts join to the whole, NaNs stay, softplus2 by the polynomial is right in its tail, and a clock is read."""
-    begin, count = 0xC1000000, 2**24  # -8 to -32
-    whole, joined = math.errors_on_gpu(variant, begin, count, 0, 0), math.Errors()
-    for part in range(4):
-        joined.take(math.errors_on_gpu(variant, begin + part * count // 4, count // 4, 0, 0))
-    for name in ("ulps", "ulps_at", "ulps_uncut", "ulps_uncut_at", "absolute", "absolute_at", "lost_nans"):
-        assert getattr(whole, name) == getattr(joined, name)
-    assert math.errors_on_gpu(variant, 0x7F800001, 999, 0, 0).lost_nans == 0
-    if variant == "softplus2 polynomial":
-        # As for the host, but 4 U for ex2: 7.5 U, of which a unit of the last place is at least one.
-        assert whole.ulps <= 7.5
-    assert 0 < math.throughput_on_gpu(variant, 0, 0) < 128

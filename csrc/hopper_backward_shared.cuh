@@ -1,0 +1,151 @@
+// Backward on Hopper: what the warps of hopper_backward.cuh share: shared memory, barriers, and who is where.
+#pragma once
+#include "hopper.cuh"
+#include "hopper_backward_dq.cuh"
+
+namespace sbk {
+
+template <typename T_, int HEAD_DIM_> struct HopperBackwardConfig {
+  using T = T_;
+  static constexpr int HEAD_DIM = HEAD_DIM_, BLOCK_M = HOPPER_BLOCK_M, BLOCK_N = HOPPER_BLOCK_N;
+  static constexpr int HALF_N = BLOCK_N / 2, RUN = HALF_N / 4, SLABS = HEAD_DIM / SLAB_COLUMNS;
+  static constexpr int THREADS = 384;
+  static constexpr int CONSUMER_REGISTERS = HEAD_DIM == 128 ? 240 : 232, PRODUCER_REGISTERS = HEAD_DIM == 128 ? 24 : 40;
+  static_assert(128 * (2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS) <= registers_at_start(THREADS));
+  static constexpr int STAGES = 2, SLOTS = 4;  // of q and dout; of state
+  static constexpr int Q_SLAB_BYTES = BLOCK_M * SLAB_ROW_BYTES, K_SLAB_BYTES = BLOCK_N * SLAB_ROW_BYTES;
+  static constexpr int Q_BYTES = SLABS * Q_SLAB_BYTES, K_BYTES = SLABS * K_SLAB_BYTES;
+  static constexpr int HALF_BYTES = HALF_N * SLAB_ROW_BYTES;  // half the keys of a slab, and [BLOCK_M, HALF_N] of A or dz
+  static constexpr int DQ_FLOATS = BLOCK_M * HEAD_DIM / 2;    // what a warpgroup computes of a block's dq
+  static_assert(HEAD_DIM == 64 || HEAD_DIM == 128);
+};
+
+namespace hopper_backward {
+
+// Barriers: FULL when something is there to be read, EMPTY when its place may be written again.
+enum BarrierName {
+  K_FULL, V_FULL,
+  Q_FULL, Q_EMPTY = Q_FULL + 2, DOUT_FULL = Q_EMPTY + 2, DOUT_EMPTY = DOUT_FULL + 2,  // by stage
+  DZ_FULL = DOUT_EMPTY + 2, DZ_EMPTY = DZ_FULL + 2,                                   // by stage
+  DQ_FULL = DZ_EMPTY + 2, DQ_EMPTY = DQ_FULL + 2,                                     // by half
+  STATE_FULL = DQ_EMPTY + 2, STATE_EMPTY = STATE_FULL + 4,                            // by slot
+  EXCESS_FULL = STATE_EMPTY + 4,                                                      // by half, slot
+  SUM_FULL = EXCESS_FULL + 8, NEXT_FULL = SUM_FULL + 4, NEXT_EMPTY = NEXT_FULL + 4,   // by slot
+  BARRIERS = NEXT_EMPTY + 4,
+  STATE_TURN, DQ_TURN  // waits for other blocks, for error codes only
+};
+SBK_FN int arrivals_of(int barrier) {
+  const bool by_both_halves = (barrier >= Q_EMPTY && barrier < DOUT_FULL) || (barrier >= DOUT_EMPTY && barrier < DZ_FULL) ||
+                              (barrier >= DZ_FULL && barrier < DQ_FULL) || (barrier >= STATE_EMPTY && barrier < EXCESS_FULL);
+  const bool by_one_half = (barrier >= DQ_FULL && barrier < DQ_EMPTY) || (barrier >= EXCESS_FULL && barrier < NEXT_EMPTY);
+  return by_both_halves ? 8 : by_one_half ? 4 : 1;  // warps
+}
+enum NamedBarrier { ALL_THREADS, OLDER_HALF, NEWER_HALF, BOTH_HALVES };
+
+struct Work {
+  int key_head, first_head, tile, first_block, steps;  // first_head: the first query head of the key head
+};
+
+template <class C> struct alignas(SWIZZLE_BYTES) Shared {
+  char k[C::K_BYTES], v[C::K_BYTES], q[C::STAGES][C::Q_BYTES], dout[C::STAGES][C::Q_BYTES];
+  char weights[2][C::HALF_BYTES], dz[C::STAGES][2][C::HALF_BYTES];  // [half]
+  float dq[2][C::DQ_FLOATS];                                        // [half]: in the order of the product's registers
+  // By slot and row; each row's lie equally far apart.
+  float2 state[C::SLOTS][C::BLOCK_M];   // carry (see encode_carry), dr r + sum of a over the older tiles
+  float2 next[C::SLOTS][C::BLOCK_M];    // the same for the next tile; carry 0: the row's stays as it is
+  float2 excess[C::SLOTS][C::BLOCK_M];  // of the older and the newer half: its product of all u, less 1
+  float2 sum[C::SLOTS][C::BLOCK_M];     // x: dr r + sum of a over the older tiles and the older half
+  Barrier barriers[BARRIERS];
+  int patience;  // directly behind the barriers
+  int off_diagonal[C::STAGES];  // of the block whose q is there, see VisitingBlocks
+  int ticket;
+  Work work;  // here too, since the consumers have no registers for it
+};
+
+// A wait that runs out is given up after this many tries: seconds.
+constexpr int PATIENCE = 1 << 22;
+
+// The barriers of a block. A wait that runs out is reported and passed, with all later ones of this block cut short.
+// NOTE: a trap would keep the compiler from giving the consumers more registers than a thread starts with.
+struct Barriers {
+  unsigned address;
+  int* error;
+
+  SBK_FN unsigned at(int barrier) const { return address + barrier * (int)sizeof(Barrier); }
+  SBK_FN void arrive(int barrier) const { barrier_arrive(at(barrier)); }
+  SBK_FN void wait(int barrier, int parity) const {
+    if (barrier_try_wait(at(barrier), parity)) return;
+    if (!barrier_wait(at(barrier), parity, load_shared_int(at(BARRIERS)))) give_up(barrier);
+  }
+  SBK_FN void wait_for_turn(const int* turn, int tile, int barrier) const {
+    for (int i = 0; load_acquire(turn) < tile; i++) {
+      if (i >= load_shared_int(at(BARRIERS))) return give_up(barrier);
+      if (i > 100) __nanosleep(500);
+    }
+  }
+  SBK_FN void give_up(int barrier) const {
+    store_shared(at(BARRIERS), 1u);
+    atomicCAS(error, 0, barrier + 1);
+  }
+};
+
+template <class C> SBK_FN Barriers barriers_of(Shared<C>& s, const HopperBackwardParams& p) {
+  static_assert(offsetof(Shared<C>, patience) == offsetof(Shared<C>, barriers) + sizeof(s.barriers));
+  return {shared_address(s.barriers), p.error};
+}
+
+// Walks over the query blocks that visit the tile, of one query head of the key head after the other, by a whole warp, 32 at a time.
+struct VisitingBlocks {
+  const int* oldest;                 // of all heads' query blocks
+  int head_begin, first, base, end;  // in `oldest`; blocks of a head
+  int tile;
+  unsigned mask;
+
+  SBK_FN VisitingBlocks(const HopperBackwardParams& p, const Work& work) {
+    end = p.shape.queries / HOPPER_BLOCK_M;
+    head_begin = work.first_head * end;
+    first = work.first_block;
+    base = first - 32;
+    oldest = p.block_oldest;
+    tile = work.tile;
+    mask = 0;
+  }
+  // The next one, in `oldest`. There must be one.
+  SBK_FN int next(int lane) {
+    while (mask == 0) {
+      base += 32;
+      if (base >= end) {
+        base = first;
+        head_begin += end;
+      }
+      mask = __ballot_sync(ALL_LANES, base + lane < end && oldest[head_begin + base + lane] <= tile);
+    }
+    const int block = base + __ffs(mask) - 1;
+    mask &= mask - 1;
+    return head_begin + block;
+  }
+  // How far the latest one is from the tile's diagonal: on it for 0 and 1.
+  SBK_FN int off_diagonal(int index) const { return index - head_begin - first; }
+};
+
+// ---- A consumer's thread ----
+
+constexpr int ROW_BYTES = sizeof(float2);  // of state and the like
+
+// NOTE: what comes out of a shuffle the compiler keeps; a thread's number and the address of shared memory it would read anew for each
+// use, 30 clocks each, and what follows from them it would keep instead, in registers it does not have.
+SBK_FN int kept(int number) { return __shfl_sync(ALL_LANES, number, number); }
+SBK_FN unsigned kept_address(unsigned x) { return __shfl_sync(ALL_LANES, x, 0); }
+
+// What follows from a thread's number in its warpgroup.
+struct Thread {
+  int lane, q, row;  // in the warp, in its quad; the first of its two rows
+  unsigned stored;   // its place for store_matrices: row lane % 16 of the warp's, and there the piece lane / 16, swizzled. 16 columns on
+                     // are 32 bytes, added without carry
+  SBK_FN explicit Thread(int number)
+      : lane(number % 32), q(number % 4), row(number / 32 * 16 + lane / 4),
+        stored((number / 32 * 16 + lane % 16) * SLAB_ROW_BYTES + ((lane / 16 ^ lane % 8) << 4)) {}
+};
+
+}  // namespace hopper_backward
+}  // namespace sbk
