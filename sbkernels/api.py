@@ -58,7 +58,7 @@ def stickbreaking_attention(
         if q.shape[2] > k.shape[2]:
             raise ValueError(f"q has {q.shape[2]} queries and k {k.shape[2]} keys: expected at most as many queries as keys")
         problem = describe(q, k, v, layout=layout, attend_current=attend_current, skip_below=skip_below)
-        plan = _make_plan(key, problem, backend, torch.is_grad_enabled() and _requires_grad(q, k, v))
+        plan = _make_plan(key, problem, backend, q.requires_grad or k.requires_grad or v.requires_grad)
     out, remainder = _run(plan, q, k, v, None, scale, skip_below)
     return (out, remainder) if layout == "bhnd" else (out.transpose(1, 2), remainder.transpose(1, 2))
 
@@ -99,7 +99,7 @@ def stickbreaking_attention_varlen(
     if plan is None:
         flags = {"attend_current": attend_current, "skip_below": skip_below}
         problem = describe(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **flags)
-        plan = _make_plan(key, problem, backend, torch.is_grad_enabled() and _requires_grad(q, k, v))
+        plan = _make_plan(key, problem, backend, q.requires_grad or k.requires_grad or v.requires_grad)
     out, remainder = _run(plan, q, k, v, cu_seqlens, scale, skip_below)
     return out[0].transpose(0, 1), remainder[0].transpose(0, 1)
 
@@ -117,38 +117,36 @@ class _Plan:
     forward: dispatch.Choice
     backward: dispatch.Choice | None
     reversed: Problem | None
+    requires_grad: bool  # whether some input does, if only where gradients are off
     kept: dict = dataclasses.field(default_factory=dict)  # the forward backend's, see Call
 
 
 _plans: dict[tuple, _Plan] = {}
 
 
-def _plan_key(q, k, v, layout, attend_current, skip_below, backend) -> tuple:
-    tensors = _traits(q), _traits(k), _traits(v)
-    return tensors, layout, attend_current, skip_below > 0, torch.is_grad_enabled(), dispatch.circumstances(backend)
-
-
-def _traits(x) -> tuple | None:
-    """All that checks, Problem and autograd look at of a tensor; None for anything else, of which no plan is ever made."""
-    if not isinstance(x, torch.Tensor):
+def _plan_key(q, k, v, layout, attend_current, skip_below, backend) -> tuple | None:
+    """All that checks, Problem and autograd look at; None, of which no plan is ever made, where something is no tensor."""
+    circumstances = dispatch.circumstances(backend)
+    try:
+        return (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+            (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT == 0, q.requires_grad, k.requires_grad, v.requires_grad,
+            layout, attend_current, skip_below > 0, torch.is_grad_enabled(), circumstances,
+        )  # fmt: skip
+    except AttributeError:
         return None
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNMENT == 0, x.requires_grad
 
 
-def _requires_grad(q, k, v) -> bool:
-    return q.requires_grad or k.requires_grad or v.requires_grad
-
-
-def _make_plan(key: tuple, problem: Problem, backend, differentiable: bool) -> _Plan:
+def _make_plan(key: tuple, problem: Problem, backend, requires_grad: bool) -> _Plan:
     """The plan of a checked problem, kept from now on."""
     forward, backward, reversed_problem = dispatch.choose(problem, backend), None, None
-    if differentiable:
+    if requires_grad and torch.is_grad_enabled():
         reversed_problem = problem.reversed()
         backward = dispatch.choose(reversed_problem, backend)
         reason = backward.backend.mismatch(forward.config, backward.config)
         if reason is not None:
             raise ValueError(f"backend {backward.backend.name!r}: {reason}")
-    plan = _Plan(problem, problem.head_dim**-0.5, problem.empty, forward, backward, reversed_problem)
+    plan = _Plan(problem, problem.head_dim**-0.5, problem.empty, forward, backward, reversed_problem, requires_grad)
     if len(_plans) >= PLANS_KEPT:
         _plans.clear()
     _plans[key] = plan
@@ -156,7 +154,7 @@ def _make_plan(key: tuple, problem: Problem, backend, differentiable: bool) -> _
 
 
 def _run(plan: _Plan, q, k, v, cu_seqlens, scale, skip_below):
-    inputs = (q.detach(), k.detach(), v.detach()) if _requires_grad(q, k, v) else (q, k, v)
+    inputs = (q.detach(), k.detach(), v.detach()) if plan.requires_grad else (q, k, v)
     scale = plan.scale if scale is None else scale
     call = Call(plan.problem, *inputs, scale, skip_below, cu_seqlens, plan.backward is not None, plan.kept)
     # Forward-mode derivatives are refused by autograd.Function, in its words.

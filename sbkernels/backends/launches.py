@@ -162,7 +162,7 @@ class KernelBackend(Backend):
         saved = (call.empty_statistic(), call.empty_statistic(torch.int32)) if call.saves else (None, None)
         kept = {} if call.kept is None else call.kept
         prepared = kept.get("forward")
-        if prepared is None or prepared.numbers != (call.scale, call.skip_below):
+        if prepared is None or prepared.scale != call.scale or prepared.skip_below != call.skip_below:
             prepared = kept["forward"] = self.prepare_forward(call, config, out)
         params = prepared.params(call, out, remainder, *saved)
         self.launch(prepared.kernel, prepared.grid, params, call.q.device.index)
@@ -188,7 +188,8 @@ class PreparedForward:
     kernel: object
     grid: int
     words: array.array  # FORWARD_PARAMS in 8-byte words
-    numbers: tuple[float, float]  # scale and skip_below in there
+    scale: float  # this and skip_below are in there
+    skip_below: float
 
     def params(self, call: Call, out, remainder, oldest_carry, oldest_tile, ticket=None) -> bytes:
         """What to launch with; oldest_carry, oldest_tile and ticket may be None."""
@@ -199,11 +200,11 @@ class PreparedForward:
         return words.tobytes()
 
 
-def pack_forward(call: Call, out) -> tuple[array.array, tuple[float, float]]:
-    """The last two fields of a PreparedForward."""
+def pack_forward(call: Call, out) -> tuple[array.array, float, float]:
+    """The last three fields of a PreparedForward."""
     tensors = [value for x in (call.q, call.k, call.v, out) for value in pack_tensor(x)]
     packed = FORWARD_PARAMS.pack(*tensors, *pack_shape(call, call.problem.aligned), 0, 0, 0, 0)
-    return array.array("q", packed), (call.scale, call.skip_below)
+    return array.array("q", packed), call.scale, call.skip_below
 
 
 def malformed(kernel: str, options: dict[str, int]) -> str | None:
