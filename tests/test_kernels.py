@@ -10,6 +10,7 @@ from sbkernels.backends import base, hopper, launches
 from sbkernels.backends.launches import KERNELS, CudaBackward, CudaForward
 from sbkernels.problem import Problem, describe
 from sbkernels.verify import inputs
+from sbkernels.verify.run import why_not
 
 cuda = pytest.importorskip("sbkernels.backends.cuda", reason="the CUDA extension was not built", exc_type=ImportError)
 SHARED = {(8, 0): 163 * 2**10, (8, 6): 99 * 2**10, (9, 0): 227 * 2**10}  # bytes a block may have (CUDA programming guide)
@@ -102,7 +103,8 @@ def test_hopper_says_what_it_does_not_cover(on, change, says):
     reason = hopper.not_covered(p)
     assert (reason is None) if says is None else (says in reason)
     assert backend.default_config(p).HOPPER == (says is None) == backend.default_config(p.reversed()).HOPPER
-    assert [config.HOPPER for config in backend.variants(p).values()] == ([False] if says is None else [])
+    assert not backend.variants(p)["portable"].HOPPER
+    assert (why_not(backend, "portable", p) == "") == (says is None) and why_not(backend, "", p) == ""
     config = backend.default_config(problem())
     assert (backend.illegal(p, config) is None) == (says is None)
     on((8, 0))

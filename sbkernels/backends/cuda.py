@@ -50,8 +50,7 @@ class CudaBackend(KernelBackend):
         return super().default_config(problem)
 
     def variants(self, problem: Problem):
-        hopper_runs = not self.unsupported(problem) and self.default_config(problem).HOPPER
-        return {"portable": super().default_config(problem)} if hopper_runs else {}
+        return {} if self.unsupported(problem) else {"portable": super().default_config(problem)}
 
     def illegal(self, problem: Problem, config) -> str | None:
         if config.HOPPER:

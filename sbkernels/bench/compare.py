@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import reference
 from ..api import stickbreaking_attention, stickbreaking_attention_varlen
 from ..verify import inputs, tolerance
-from ..verify.run import attend, expectation, judge, problem_of, variant_of
+from ..verify.run import attend, expectation, judge, problem_of, variant_of, why_not
 from .timer import measure
 
 CAPTURED = pathlib.Path(__file__).resolve().parents[2] / "tests" / "data" / "captured_qkv.safetensors"
@@ -223,14 +223,13 @@ def run(problems: list[Problem], device: str, found, rows: list[Row], progress) 
         problem_rows = {}
         for backend, variant in found:
             described = problem_of(problem.x)
-            reason = backend.unsupported(described)
-            slow = backend.slow(described)
-            if reason is None and slow and described.batch * described.heads * described.visible_logits() > MAX_SLOW_LOGITS:
+            reason, slow = why_not(backend, variant, described), backend.slow(described)
+            if not reason and slow and described.batch * described.heads * described.visible_logits() > MAX_SLOW_LOGITS:
                 reason = f"left out: {slow}"
             for direction in ("forward", "backward"):
-                row = Row(problem.name, backend.name, variant, direction, note=reason or "")
+                row = Row(problem.name, backend.name, variant, direction, note=reason)
                 problem_rows[backend.name, variant, direction] = row
-            if reason is None:
+            if not reason:
                 with variant_of(backend, variant, described):
                     findings = errors(problem, attend(problem.x), cache)
                 for direction in ("forward", "backward"):

@@ -8,6 +8,7 @@ import pathlib
 from rich.markup import escape
 
 from ..bench import compare as bench
+from ..bench import host
 from ..dispatch import BackendError, availability_text
 from ..verify import record
 from ..verify.run import targets
@@ -26,20 +27,26 @@ def compare(arguments) -> int:
         problems = bench.synthetic(device)
         if bench.CAPTURED.exists():
             problems += bench.from_file(bench.CAPTURED, device)
-    rows, interrupted = [], False
+    rows, interrupted, host_us = [], False, {}
     with progress_bar() as bar:
         found, missing = targets(device, names)
         task = bar.add_task("", total=len(problems) * (len(found) + 1))
         try:
             bench.run(problems, device, found, rows, lambda *what: bar.update(task, advance=1, description=" ".join(what)))
+            if device != "cpu" and not arguments.input:
+                timed = dict.fromkeys(row.backend for row in rows if row.ms is not None)
+                host_us = host.overhead(list(timed), device)
         except KeyboardInterrupt:
             interrupted = True
     ran = {row.backend for row in rows if row.relative_l2 is not None}
     if not ran and not interrupted:
         raise BackendError(f"no backend could run any of {len(problems)} problems\n{availability_text()}")
     show(problems, rows, missing)
+    if host_us:
+        times = ", ".join(f"{name} {us:.1f}" for name, us in host_us.items())
+        out.print(f"host, microseconds a forward call of {host.SHAPE}, at best: {times}", style="dim")
     if arguments.json:
-        record.write(arguments.json, "compare", [dataclasses.asdict(row) for row in rows], device=device)
+        record.write(arguments.json, "compare", [dataclasses.asdict(row) for row in rows], device=device, host_us=host_us)
         out.print(f"stored in {arguments.json}")
     if interrupted:
         out.print("interrupted: the problems above are complete, the others were not run")

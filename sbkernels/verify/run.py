@@ -60,6 +60,16 @@ def variant_of(backend, variant: str, problem):
         yield
 
 
+def why_not(backend, variant: str, problem) -> str:
+    """Why there is nothing to run: the backend cannot, or takes the variant's configs anyway; else empty."""
+    reason = backend.unsupported(problem) or ""
+    if reason or not variant:
+        return reason
+    both = (problem, problem.reversed())
+    same = all(backend.variants(p)[variant] == backend.default_config(p) for p in both)
+    return "what is dispatched anyway" if same else ""
+
+
 def attend(x: inputs.Inputs) -> tuple[torch.Tensor, ...]:
     """out, remainder, dq, dk, dv in canonical order, through the public API, with poisoned and guarded outputs."""
     case = x.case
@@ -163,7 +173,7 @@ def run_job(job, device: str, cache: dict) -> Outcome:
                 cache[key] = (x, expectation(x))
             x, expected = cache[key]
             problem = problem_of(x)
-            outcome.skipped = backend.unsupported(problem) or ""
+            outcome.skipped = why_not(backend, variant, problem)
             if not outcome.skipped:
                 with variant_of(backend, variant, problem):
                     outcome.findings = judge(attend(x), expected)
