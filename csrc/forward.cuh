@@ -18,6 +18,8 @@ struct ForwardConfig {
   static constexpr int BLOCK_D = BLOCK_D_, BLOCK_DV = BLOCK_DV_, BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_;
   static constexpr int THREADS = 32 * NUM_WARPS_, STAGES = NUM_STAGES_;
   static constexpr int MT = BLOCK_M / (16 * NUM_WARPS_), NT = BLOCK_N / 8, RUN = BLOCK_N / 4;
+  // Blocks a multiprocessor should hold: 4 need 128 registers a thread, which small tiles can do with.
+  static constexpr int BLOCKS = MT == 1 && NT <= 8 && BLOCK_DV <= 64 && THREADS == 128 ? 4 : 1;
   static constexpr int Q_BYTES = tile_bytes<BLOCK_M, BLOCK_D>, K_BYTES = tile_bytes<BLOCK_N, BLOCK_D>;
   static constexpr int STAGE_BYTES = K_BYTES + tile_bytes<BLOCK_N, BLOCK_DV>;
   static constexpr int SHARED_BYTES = Q_BYTES + STAGES * STAGE_BYTES;
@@ -51,7 +53,7 @@ SBK_FN void weigh(float (&s)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2]
   });
 }
 
-template <class C> __global__ void __launch_bounds__(C::THREADS, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
+template <class C> __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) forward_kernel(const __grid_constant__ ForwardParams p) {
   using T = typename C::T;
   using Run = typename C::Run;
   extern __shared__ __align__(16) char shared[];

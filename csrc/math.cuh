@@ -228,24 +228,32 @@ template <int R, typename Softplus = SoftplusPolynomial> struct LogRun {
   SBK_FN void absorb(const float (&logits)[R]) {
 #pragma unroll
     for (int t = 0; t < R; t++) {
-      s[t] = min_nan(logits[t], MAX_LOGIT2);  // a large logit's digits would push the newer keys' out of a sum
+      s[t] = logits[t];
       softplus[t] = Softplus::log2(s[t]);
     }
   }
-  SBK_FN bool simple() const { return true; }
+  SBK_FN float sum() const {
+    float sum = 0.f;
+#pragma unroll
+    for (int t = 0; t < R; t++) sum += softplus[t];
+    return sum;
+  }
+  SBK_FN bool simple() const { return sum() < MAX_LOGIT2; }  // no logit is larger than the sum
   SBK_FN float gradient(int t, float a, float older) const { return a * ex2(-softplus[t]) - ex2(s[t] - softplus[t]) * older; }
 
-  // Totals are sums of softplus2.
+  // Totals are sums of softplus2, of logits cut at MAX_LOGIT2: a large one's digits would push the newer keys' out of a sum.
   template <bool SIMPLE> struct Path {
     using Total = float;
     static SBK_FN float identity() { return 0.f; }
     static SBK_FN void settle(float&, float) {}
     static SBK_FN float from_lane(float x, int mask) { return from_lane_xor(x, mask); }
-    static SBK_FN float total(const LogRun& run) {
-      float sum = 0.f;
+    static SBK_FN float total(LogRun& run) {
 #pragma unroll
-      for (int t = 0; t < R; t++) sum += run.softplus[t];
-      return sum;
+      for (int t = 0; t < R && !SIMPLE; t++) {
+        run.s[t] = min_nan(run.s[t], MAX_LOGIT2);
+        run.softplus[t] = Softplus::log2(run.s[t]);
+      }
+      return run.sum();
     }
     static SBK_FN float combine(float x, float y) { return x + y; }
     static SBK_FN float enter(float carry, float spent) { return carry + spent; }

@@ -78,7 +78,9 @@ def test_simple_where_below_its_limit(name, R):
     assert not simple[~(excess < math.SIMPLE_LIMIT * (1 + of_excess))].any()
     if name == "around SIMPLE_LIMIT":
         assert 0.2 < simple.mean() < 0.8
-    assert run(LOG, s, np.zeros(len(s), np.float32))["simple"].all()
+    simple, spent, of_spent = run(LOG, s, np.zeros(len(s), np.float32))["simple"], softplus2(s).sum(1), (R + 4) * U
+    assert simple[spent * (1 + of_spent) < math.MAX_LOGIT2].all()
+    assert not simple[~(spent < math.MAX_LOGIT2 * (1 + of_spent))].any()
 
 
 def test_four_runs_below_the_limit():
@@ -318,13 +320,19 @@ def test_saturated_key_hides_older_ones(path, saturated):
     assert (got["weights"][:, :7] <= 2.0**-62 * sticks[:, None]).all() and (sticks_of(path[0], got["advance"]) == 0).all()
 
 
-def test_paths_of_the_log_run_are_one():
+def test_paths_of_the_log_run_differ_where_logits_are_cut():
+    """The simple one is taken where none is, and gives the same bits there."""
+    found = set()
     for s in logits(16).values():
         _, carry = carries("log", len(s))
         simple, mixed, exact = (run(("log", path), s, carry) for path in ("simple", "mixed", "exact"))
+        taken = simple["simple"]
+        assert (np.fmax.reduce(s[taken], axis=1, initial=-np.inf) < math.MAX_LOGIT2).all()
+        found |= set(taken)
         for key, values in simple.items():
-            np.testing.assert_array_equal(values, mixed[key])
-            np.testing.assert_array_equal(values, exact[key])
+            np.testing.assert_array_equal(values[taken], mixed[key][taken])
+            np.testing.assert_array_equal(mixed[key], exact[key])
+    assert found == {True, False}
 
 
 def zeros(*shapes):

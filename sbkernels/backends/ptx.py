@@ -49,8 +49,8 @@ class PtxBackend(KernelBackend):
         if max(_widths(problem)) > WIDE:
             forwards, keys = [(64, 32), (64, 16)], [(32, 16, 4, 2, 2)]
         else:
-            forwards = [(128, 32), (128, 64), (64, 64), (64, 32)]
-            forwards = forwards if max(_widths(problem)) > 64 else forwards[1:]
+            # Forward alone, (128, 32) is 8 % faster at D = 128; the backward, which takes as many keys, loses twice as much by it.
+            forwards = [(64, 64), (128, 32), (64, 32)] if max(_widths(problem)) > 64 else [(64, 64), (128, 64), (64, 32)]
             keys = [(64, 16, 4, 2, 1), (32, 16, 4, 2, 1)]
         return [
             (CudaForward(*forward, 4, 2), CudaBackward(16, 64, forward[1], 4, 2, *options))

@@ -28,6 +28,7 @@ SOFTMAX = {
     "SDPA math": SDPBackend.MATH,
 }
 SKIP_BELOW = 2.0**-24
+TILED_TOKENS, NO_STOP = 16384, ", no early stop"
 STICK_GONE = 2.0**-24
 
 
@@ -116,6 +117,19 @@ def from_file(path: pathlib.Path, device: str) -> list[Problem]:
         dremainder = torch.randn(q.shape[:3], generator=generator).to(device)
         found.append(Problem(prefix.rstrip(".") or path.name, inputs.Inputs(case, q, k, v, dout, dremainder, cu_seqlens)))
     return found
+
+
+def tiled(problem: Problem) -> tuple[Problem, Problem]:
+    """A dense problem repeated along its tokens up to TILED_TOKENS: with early stop, and without."""
+    x = problem.x
+    times = -(-TILED_TOKENS // x.q.shape[2])
+    names = ("q", "k", "v", "dout", "dremainder")
+    tensors = {name: torch.cat([getattr(x, name)] * times, 2)[:, :, :TILED_TOKENS] for name in names}
+    found = []
+    for skip in (True, False):
+        case = dataclasses.replace(x.case, M=TILED_TOKENS, N=TILED_TOKENS, skip=skip)
+        found.append(Problem(f"{problem.name} tiled{'' if skip else NO_STOP}", inputs.Inputs(case, **tensors)))
+    return tuple(found)
 
 
 def stick_lasts(x: inputs.Inputs) -> tuple[float, float]:

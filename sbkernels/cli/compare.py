@@ -27,6 +27,7 @@ def compare(arguments) -> int:
         problems = bench.synthetic(device)
         if bench.CAPTURED.exists():
             problems += bench.from_file(bench.CAPTURED, device)
+            problems += bench.tiled(problems[-1]) if device != "cpu" else ()
     rows, interrupted, host_us = [], False, {}
     with progress_bar() as bar:
         found, missing = targets(device, names)
@@ -66,7 +67,8 @@ def show(problems, rows, missing) -> None:
         title = f"{problem.name}: q {tuple(x.q.shape)}, k {tuple(x.k.shape)}, {str(x.q.dtype)[6:]}"
         if x.case.regime == "file":
             median, p95 = bench.stick_lasts(x)
-            title += f"; the stick lasts {median:.0f} keys (median), {p95:.0f} (95th percentile); early stop on"
+            title += f"; the stick lasts {median:.0f} keys (median), {p95:.0f} (95th percentile)"
+            title += f"; early stop {'on' if x.case.skip else 'off'}"
         else:
             title += f"; logits of mean {bench.inputs.ALIVE_LOGIT:g}, early stop off"
         made = table(title, "backend", "pass", *numbers, "", right=numbers)
@@ -90,8 +92,22 @@ def show(problems, rows, missing) -> None:
     )
     out.print("x softmax attention (torch's SDPA, same run): its time over ours, above 1 we are faster.", style="dim")
     out.print("TFLOP/s: of the causal half; five products in the backward.", style="dim")
+    for line in gains(rows):
+        out.print(line, style="dim")
     for name, reason in missing.items():
         out.print(f"cannot run here: {name}: {escape(reason)}")
+
+
+def gains(rows) -> list[str]:
+    """What early stop gains, for problems that come with it and without."""
+    ms = {(row.problem, row.backend, row.variant, row.direction): row.ms for row in rows if row.ms is not None}
+    found = {}
+    for (problem, backend, variant, direction), without in ms.items():
+        name = problem.removesuffix(bench.NO_STOP)
+        if name != problem and (name, backend, variant, direction) in ms:
+            gain = without / ms[name, backend, variant, direction]
+            found.setdefault((name, direction), []).append(f"{label(backend, variant)} {gain:.1f}")
+    return [f"early stop on {name}, {direction}, times as fast: {', '.join(each)}" for (name, direction), each in found.items()]
 
 
 def _number(value, form: str) -> str:

@@ -1,4 +1,4 @@
-"""compute-sanitizer's memcheck over ragged problems, forward and backward: python tests/memcheck.py cuda ptx [--record FILE].
+"""compute-sanitizer over ragged problems, forward and backward: python tests/sanitize.py cuda ptx --tool racecheck [--record FILE].
 
 Every tensor gets an allocation of its own, so that a byte beyond one is seen. Exit status 1 if anything was found.
 """
@@ -37,13 +37,19 @@ def run(backend: str) -> None:
     torch.cuda.synchronize()
 
 
-def check(backend: str, tool: str) -> dict:
-    """One backend under memcheck: how many errors, and what was said of the first."""
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, __file__, "--run", backend]
+def check(backend: str, sanitizer: str, tool: str) -> dict:
+    """One backend under a tool of compute-sanitizer: how many errors, and what was said of the first."""
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--run", backend]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    errors = re.search(r"ERROR SUMMARY: (\d+) error", result.stdout + result.stderr)
-    found = {"backend": backend, "cases": len(CASES), "errors": int(errors.group(1)) if errors else None, "exit": result.returncode}
+    errors = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", result.stdout + result.stderr)
+    found = {
+        "backend": backend,
+        "tool": tool,
+        "cases": len(CASES),
+        "errors": int(errors.group(1)) if errors else None,
+        "exit": result.returncode,
+    }
     if found["errors"] != 0 or result.returncode:
         found["output"] = (result.stdout + result.stderr)[-4000:]
     return found
@@ -53,23 +59,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backends", nargs="*", default=["cuda", "ptx", "triton"])
     parser.add_argument("--record", metavar="FILE", help="store the result as JSON, with environment and source hashes")
+    parser.add_argument("--tool", choices=("memcheck", "racecheck", "initcheck", "synccheck"), default="memcheck")
     parser.add_argument("--run", metavar="BACKEND", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         run(arguments.run)
         return 0
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if tool is None:
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
         print("compute-sanitizer is not on PATH; it comes with the CUDA toolkit", file=sys.stderr)
         return 2
-    rows = [check(backend, tool) for backend in arguments.backends]
+    rows = [check(backend, sanitizer, arguments.tool) for backend in arguments.backends]
     for row in rows:
-        print(f"{row['backend']}: {row['errors']} errors over {row['cases']} cases, exit status {row['exit']}")
+        print(f"{row['tool']}, {row['backend']}: {row['errors']} errors over {row['cases']} cases, exit status {row['exit']}")
         print(row.get("output", ""), end="")
     if arguments.record:
         from sbkernels.verify import record
 
-        record.write(arguments.record, "memcheck", rows)
+        record.write(arguments.record, arguments.tool, rows)
     return int(any(row["errors"] != 0 or row["exit"] for row in rows))
 
 
