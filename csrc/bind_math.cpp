@@ -195,6 +195,7 @@ void bind_math(py::module_& module) {
   py::module_ m = module.def_submodule("math", "csrc/math.cuh built for the CPU, on float32 arrays; errors and throughput on a GPU.");
   m.attr("MAX_LOGIT2") = sbk::MAX_LOGIT2;
   m.attr("SIMPLE_LIMIT") = sbk::SIMPLE_LIMIT;
+  m.attr("MAX_EXCESS") = sbk::MAX_EXCESS;
   m.attr("MIN_STICK") = sbk::MIN_STICK;
   m.attr("INVISIBLE") = sbk::INVISIBLE;
   m.attr("UNCUT") = sbk::UNCUT;

@@ -5,8 +5,8 @@
 // base-2 logits of its keys and answers, by key: the weight A, 1 - beta, and the logit's gradient. What is left of the stick is
 // passed on as a `carry`, a number whose meaning belongs to the formulation:
 //
-//     LinearRun   carry = the stick itself; eq. (6) and (7), u = 1 + 2^s. One reciprocal for a whole run, of its product of u,
-//                 where that stays below 2^30, one for each key elsewhere; underflow to 0 means "used up".
+//     LinearRun   carry = the stick itself; eq. (6) and (7), u = 1 + 2^s. One reciprocal for a group of 8 keys, of their product
+//                 of u, where that stays below 2^62, one for each key elsewhere; underflow to 0 means "used up".
 //     LogRun      carry = -log2 of the stick, the paper's form: A = 2^(s - sum of softplus2 from this key to the newest).
 #pragma once
 #include "instructions.cuh"
@@ -20,8 +20,10 @@ constexpr float MAX_E = 9.22337204e18f;  // 2^63
 // A stick below this counts as used up: what one key beyond MAX_LOGIT2 leaves, and invisible in any output dtype.
 constexpr float MIN_STICK_LOG2 = -62.f;
 constexpr float MIN_STICK = 2.16840434e-19f;  // 2^-62
-// Up to here, a product of u over the 4 runs of a row and its reciprocal are normal numbers; a NaN is not below it.
-constexpr float SIMPLE_LIMIT = 1.07374182e9f;  // 2^30
+// Up to here, the reciprocal of a group's product of u leaves a normal number of any stick that is not used up; a NaN is not below it.
+constexpr float SIMPLE_LIMIT = 4.61168602e18f;  // 2^62
+// A run that takes more than this uses any stick up. Products of two such are numbers, of more infinite; their reciprocals are 0.
+constexpr float MAX_EXCESS = 9.22337204e18f;  // 2^63
 // An invisible key's base-2 logit: 2^s and softplus2(s) are 0.
 constexpr float INVISIBLE = -1e30f;
 
@@ -112,17 +114,16 @@ template <int R> struct LinearRun {
   static SBK_FN bool alive(float carry) { return carry > 0.f; }
   static SBK_FN float stick(float carry) { return carry; }
 
-  // NOTE: a long run is worked on in parts, so that a thread has several short chains of dependent operations under way.
-  static constexpr int PART = R <= 16 ? R : 8, PARTS = R / PART;
-  float e[R];           // 2^s
-  float excess[PARTS];  // product of u, less 1: a sum of small shares keeps all its digits, which 1 + e does not
+  static constexpr int GROUP = R < 8 ? R : 8, GROUPS = R / GROUP;
+  float e[R];            // 2^s
+  float excess[GROUPS];  // product of u, less 1: a sum of small shares keeps all its digits, which 1 + e does not
 
   SBK_FN void absorb(const float (&s)[R]) {
 #pragma unroll
-    for (int t = 0; t < PART; t++) {
+    for (int t = 0; t < GROUP; t++) {
 #pragma unroll
-      for (int i = 0; i < PARTS; i++) {
-        const float x = e[i * PART + t] = ex2(s[i * PART + t]);
+      for (int i = 0; i < GROUPS; i++) {
+        const float x = e[i * GROUP + t] = ex2(s[i * GROUP + t]);
         excess[i] = t == 0 ? x : combine(excess[i], x);
       }
     }
@@ -131,16 +132,21 @@ template <int R> struct LinearRun {
   SBK_FN float total_excess() const {
     float total = excess[0];
 #pragma unroll
-    for (int i = 1; i < PARTS; i++) total = combine(total, excess[i]);
+    for (int i = 1; i < GROUPS; i++) total = fminf(combine(total, excess[i]), MAX_EXCESS);
     return total;
   }
-  SBK_FN bool simple() const { return total_excess() < SIMPLE_LIMIT; }
+  SBK_FN bool simple() const {
+    bool simple = true;
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) simple = simple && excess[i] < SIMPLE_LIMIT;
+    return simple;
+  }
 
   // Eq. (9) for key t, from a of eq. (8) and dr r + sum of a over the older keys.
   SBK_FN float gradient(int t, float a, float older) const { return fmaf(-e[t], older, a) * rcp(1.f + e[t]); }
 };
 
-// Totals are excesses; one reciprocal a run.
+// Totals are excesses, of a run at most MAX_EXCESS.
 template <int R> struct SimplePath {
   using Total = float;
   static SBK_FN float identity() { return 0.f; }
@@ -154,19 +160,18 @@ template <int R> struct SimplePath {
     return left < MIN_STICK ? 0.f : left;
   }
   static SBK_FN float undo(float carry, float excess) { return fmaf(carry, excess, carry); }
-  // From the oldest key, after which `enter` leaves the stick: a key's share is 2^s times what is left after it.
+  // From a group's oldest key, after which `enter` leaves the stick: a key's share is 2^s times what is left after it.
   static SBK_FN void weights(const LinearRun<R>& run, float carry, float, float (&A)[R]) {
-    constexpr int PART = LinearRun<R>::PART, PARTS = LinearRun<R>::PARTS;
-    float left[PARTS];
-    left[0] = enter(carry, run.total_excess());
+    constexpr int GROUP = LinearRun<R>::GROUP, GROUPS = LinearRun<R>::GROUPS;
+    float left[GROUPS];
 #pragma unroll
-    for (int i = 1; i < PARTS; i++) left[i] = undo(left[i - 1], run.excess[i - 1]);
+    for (int i = GROUPS - 1; i >= 0; i--) carry = left[i] = enter(carry, run.excess[i]);
 #pragma unroll
-    for (int t = 0; t < PART; t++) {
+    for (int t = 0; t < GROUP; t++) {
 #pragma unroll
-      for (int i = 0; i < PARTS; i++) {
-        const float e = run.e[i * PART + t];
-        A[i * PART + t] = left[i] * e;
+      for (int i = 0; i < GROUPS; i++) {
+        const float e = run.e[i * GROUP + t];
+        A[i * GROUP + t] = left[i] * e;
         left[i] = fmaf(left[i], e, left[i]);
       }
     }

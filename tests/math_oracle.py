@@ -15,7 +15,7 @@ U, TINY, LN_2 = 2.0**-24, 2.0**-126, np.log(2)
 STICKS = (1.0, 0.5, 2.0**-20, 2.0**-61)
 ROWS = 2000
 RUNS = (4, 8, 16, 32)
-PART = {4: 4, 8: 8, 16: 16, 32: 8}  # keys of a part of a run
+GROUP = {4: 4, 8: 8, 16: 8, 32: 8}  # keys of a run that share a reciprocal
 # What LinearRun's two paths choose from: MIXED takes the one or the other, EXACT is MIXED with no row taken for simple. LogRun's
 # paths are one.
 SIMPLE, MIXED, EXACT, LOG = ("linear", "simple"), ("linear", "mixed"), ("linear", "exact"), ("log", "mixed")
@@ -46,7 +46,7 @@ def logits(R, rows=ROWS):
         "normal": rng.normal(0, 1, shape),
         "stick survives": rng.normal(-8, 1.5, shape),
         "small shares": rng.uniform(-34, -24, shape),
-        "around SIMPLE_LIMIT": rng.choice([30.0, -30.0], shape, p=(1 / R, 1 - 1 / R)) + rng.normal(0, 0.01, shape),
+        "around SIMPLE_LIMIT": rng.choice([62.0, -30.0], shape, p=(1 / R, 1 - 1 / R)) + rng.normal(0, 0.01, shape),
         "large": rng.normal(0, 30, shape),
         "saturated": rng.choice([-150.0, 0.0, 150.0], shape),
         "all saturated": np.full(shape, 150.0),
@@ -124,8 +124,11 @@ def expected(path, s, sticks):
     """Weights of eq. (3), what is left, and the total; in float64 and log space, of logits cut at MAX_LOGIT2."""
     s = np.minimum(wide(s), math.MAX_LOGIT2)
     spent = np.cumsum(softplus2(s)[:, ::-1], 1)[:, ::-1]  # from this key to the newest
-    total = {SIMPLE: excess_of(s), EXACT: np.exp2(-spent[:, 0])}.get(path, spent[:, 0])
-    return sticks[:, None] * np.exp2(s - spent), sticks * np.exp2(-spent[:, 0]), total
+    weights, left = sticks[:, None] * np.exp2(s - spent), sticks * np.exp2(-spent[:, 0])
+    if path == SIMPLE:
+        total = np.minimum(excess_of(s), math.MAX_EXCESS)
+        return weights, sticks / (1 + total), total
+    return weights, left, np.exp2(-spent[:, 0]) if path == EXACT else spent[:, 0]
 
 
 def bounds(path, s, sticks):

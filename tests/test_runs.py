@@ -5,11 +5,11 @@ import pytest
 from math_oracle import (
     EXACT,
     EXCESS,
+    GROUP,
     IS_SIMPLE,
     LN_2,
     LOG,
     MIXED,
-    PART,
     REST,
     ROWS,
     RUNS,
@@ -73,9 +73,10 @@ def test_run(path, name, R):
 @pytest.mark.parametrize("R", RUNS)
 def test_simple_where_below_its_limit(name, R):
     s = logits(R)[name]
-    simple, excess, of_excess = run(SIMPLE, s, np.ones(len(s), np.float32))["simple"], excess_of(s), 4 * R * U
-    assert simple[excess * (1 + of_excess) < math.SIMPLE_LIMIT].all()
-    assert not simple[~(excess < math.SIMPLE_LIMIT * (1 + of_excess))].any()
+    groups = np.stack([excess_of(part) for part in np.split(s, R // GROUP[R], 1)], 1)
+    simple, of_excess = run(SIMPLE, s, np.ones(len(s), np.float32))["simple"], 4 * R * U
+    assert simple[(groups * (1 + of_excess) < math.SIMPLE_LIMIT).all(1)].all()
+    assert not simple[(~(groups < math.SIMPLE_LIMIT * (1 + of_excess))).any(1)].any()
     if name == "around SIMPLE_LIMIT":
         assert 0.2 < simple.mean() < 0.8
     simple, spent, of_spent = run(LOG, s, np.zeros(len(s), np.float32))["simple"], softplus2(s).sum(1), (R + 4) * U
@@ -83,16 +84,16 @@ def test_simple_where_below_its_limit(name, R):
     assert not simple[~(spent < math.MAX_LOGIT2 * (1 + of_spent))].any()
 
 
-def test_four_runs_below_the_limit():
-    """Of the runs of a row, just simple all of them, product and reciprocal are numbers."""
-    assert math.SIMPLE_LIMIT == 2.0**30
-    total = np.array([[np.nextafter(np.float32(2.0**30), np.float32(0))]])
+def test_four_runs_that_use_the_stick_up():
+    """Of the runs of a row, the largest totals all of them: no NaN, and nothing is left."""
+    total, whole, none = np.full((1, 1), math.MAX_EXCESS, np.float32), np.ones(1, np.float32), np.zeros((1, 1), np.float32)
     pair = math.step(*SIMPLE, "combine", total, total)
     four = math.step(*SIMPLE, "combine", pair, pair)
-    whole = np.ones(1, np.float32)
-    check("combine", four, wide((wide(total) + 1) ** 4 - 1), 8 * U * four)
-    check("enter", math.step(*SIMPLE, "enter", whole, four), 1 / (1 + wide(total[0])) ** 4, 11 * U * 2.0**-120)
-    assert math.step(*SIMPLE, "advance", whole, four) == 0
+    assert pair == 2.0**126 and four == np.inf
+    assert math.step(*SIMPLE, "combine", none, pair) == pair == math.step(*SIMPLE, "combine", pair, none)
+    for excess in (total, pair, four):
+        assert math.step(*SIMPLE, "advance", whole, excess) == 0
+        assert math.step(*SIMPLE, "enter", whole, excess) <= 2.0**-63
 
 
 @of_paths
@@ -104,6 +105,7 @@ def test_combine(path):
         taken = run(path, s, carry)["simple"] | (path != SIMPLE)
         totals = [run(path, part, carry)["total"] for part in half[name]]
         both = number(path, math.step(*path, "combine", *totals))
+        both = np.minimum(both, math.MAX_EXCESS) if path == SIMPLE else both
         _, _, total = expected(path, s, sticks)
         of_total = bounds(path, s, sticks)[2] + 2 * U * total
         check("combine", both[taken], total[taken], of_total[taken])
@@ -183,7 +185,7 @@ def test_formulations_agree(name, R, linear):
         bound = bounds(path, s[taken], sticks[taken])
         of_weights, of_left = of_weights + bound[0], of_left + bound[1]
     check("weight", *weights, of_weights)
-    check("left", *lefts, of_left)
+    check("left", *lefts, of_left + 2.0**-63 * sticks[taken])  # a run's excess is cut at 2^63
     cut = np.minimum(wide(s[taken]), math.MAX_LOGIT2)
     check("1 - beta", *rests, (12 + LN_2 * 4 * softplus2(cut)) * U * one_minus_beta(cut) + TINY)
 
@@ -254,10 +256,10 @@ def test_invisible_keys(path, name, R):
     s = logits(R)[name]
     _, carry = carries(path[0], len(s))
     rng = np.random.default_rng(2)
-    # As many keys in each part of the run, which they cannot leave without another order of sums.
-    part, parts = PART[2 * R], 2 * R // PART[2 * R]
-    at = [np.concatenate([np.sort(rng.permutation(part)[: R // parts]) + i * part for i in range(parts)]) for _ in s]
-    first = np.concatenate([np.arange(R // parts) + i * part for i in range(parts)])
+    # As many keys in each group of the run, which they cannot leave without another order of sums.
+    group, groups = GROUP[2 * R], 2 * R // GROUP[2 * R]
+    at = [np.concatenate([np.sort(rng.permutation(group)[: R // groups]) + i * group for i in range(groups)]) for _ in s]
+    first = np.concatenate([np.arange(R // groups) + i * group for i in range(groups)])
 
     def among_hidden(places):
         many = np.full((len(s), 2 * R), math.INVISIBLE, dtype=np.float32)
@@ -268,7 +270,7 @@ def test_invisible_keys(path, name, R):
     many, hidden = among_hidden(places), np.ones((len(s), 2 * R), dtype=bool)
     np.put_along_axis(hidden, places, False, 1)
     got = run(path, many, carry)
-    if parts == 1:
+    if groups == 1:
         few = run(path, s, carry)
     else:
         few = run(path, among_hidden(np.tile(first, (len(s), 1))), carry)
@@ -304,7 +306,7 @@ def test_one_key_uses_the_stick_up(path, R):
         s[np.eye(R, dtype=bool)] = logit
         got = run(path, s, np.full(R, math.constants(*path)["WHOLE"], dtype=np.float32))
         assert (sticks_of(path[0], got["advance"]) == left).all() and (got["weights"][np.eye(R, dtype=bool)] == 1).all()
-        assert not run(SIMPLE, s, np.ones(R, np.float32))["simple"].any()
+        assert (run(SIMPLE, s, np.ones(R, np.float32))["simple"] == (logit < 62)).all()
 
 
 @of_paths_for_all
