@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import build_cuda  # noqa: E402
 
 # Folders whose bare names would collide with other people's packages live inside the sbkernels namespace.
-MAPPED = {"triton_kernels": "triton_kernels", "csrc": "csrc"}
+MAPPED = {"triton_kernels": "triton_kernels", "tuning": "tuning", "csrc": "csrc"}
 PACKAGES = ["sbkernels", "sbkernels.backends", "sbkernels.bench", "sbkernels.cli", "sbkernels.verify"]
 
 EXTENSION = "sbkernels._C"

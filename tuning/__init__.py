@@ -1,0 +1,1 @@
+"""Tuned configs: what they are kept under (keys), and where (store)."""
