@@ -1,5 +1,6 @@
 """Stick-breaking attention: one operator, interchangeable backends, one reference. See README.md."""
 
+from . import tuning as tuning  # asked for configs
 from .api import stickbreaking_attention, stickbreaking_attention_varlen
 from .dispatch import BackendError, use_backend
 

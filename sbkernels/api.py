@@ -143,9 +143,7 @@ def _make_plan(key: tuple, problem: Problem, backend, requires_grad: bool) -> _P
     if requires_grad and torch.is_grad_enabled():
         reversed_problem = problem.reversed()
         backward = dispatch.choose(reversed_problem, backend)
-        reason = backward.backend.mismatch(forward.config, backward.config)
-        if reason is not None:
-            raise ValueError(f"backend {backward.backend.name!r}: {reason}")
+        forward, backward = dispatch.agree(problem, forward, backward)
     plan = _Plan(problem, problem.head_dim**-0.5, problem.empty, forward, backward, reversed_problem, requires_grad)
     if len(_plans) >= PLANS_KEPT:
         _plans.clear()

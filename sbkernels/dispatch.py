@@ -18,6 +18,9 @@ class BackendError(RuntimeError):
     """No backend, or not the one asked for, can run a problem; the message lists every backend with its reason."""
 
 
+GIVEN = "use_backend()"  # the provenance of configs that were given
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What runs a problem: the backend, its config, who asked for the backend, where the config comes from."""
@@ -118,13 +121,33 @@ def choose(problem: Problem, backend: str | None = None) -> Choice:
             reason = chosen.illegal(problem, config)
             if reason is not None:
                 raise ValueError(f"use_backend({name!r}, {problem.direction}={config}): {reason}")
-            return Choice(chosen, config, asked_by, "use_backend()")
+            return Choice(chosen, config, asked_by, GIVEN)
         return Choice(chosen, *_config(chosen, problem, asked_by))
     for candidate in registry.names():
         chosen, reason = registry.try_load(candidate)
         if reason is None and chosen.unsupported(problem) is None and chosen.slow(problem) is None:
             return Choice(chosen, *_config(chosen, problem, asked_by))
     raise BackendError(f"no backend can run this problem\n{availability_text(problem)}")
+
+
+def agree(problem: Problem, forward: Choice, backward: Choice) -> tuple[Choice, Choice]:
+    """Choices of both directions of a problem that go together: tuned ones that do not give way to the defaults, which do.
+
+    ValueError where configs that were given do not.
+    """
+    backend = backward.backend
+    if backend.mismatch(forward.config, backward.config) is None:
+        return forward, backward
+    both = [
+        choice
+        if choice.provenance == GIVEN
+        else dataclasses.replace(choice, config=backend.default_config(p), provenance="analytic default: tuned ones do not match")
+        for p, choice in ((problem, forward), (problem.reversed(), backward))
+    ]
+    reason = backend.mismatch(*(choice.config for choice in both))
+    if reason is not None:
+        raise ValueError(f"backend {backend.name!r}: {reason}")
+    return tuple(both)
 
 
 def _config(backend, problem, asked_by):

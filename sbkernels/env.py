@@ -9,6 +9,7 @@ BACKEND = "SBKERNELS_BACKEND"
 WORKSPACE = "SBKERNELS_WORKSPACE"
 CHECK_SEQLENS = "SBKERNELS_CHECK_SEQLENS"
 CACHE = "SBKERNELS_CACHE"
+TUNING_DB = "SBKERNELS_TUNING_DB"
 
 DEFAULT_WORKSPACE = 256 * 2**20
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -18,6 +19,7 @@ VARIABLES = {
     BACKEND: ("backend of calls that name none: a registered name, or auto", "auto"),
     WORKSPACE: ("most bytes a backward may take for scratch, such as 268435456, 256MiB or 1GiB", "256MiB"),
     CHECK_SEQLENS: ("1: read cu_seqlens back and check it in each varlen call; 0: trust it (CUDA graph capture)", "1"),
+    TUNING_DB: ("file of the tuning database", "tuning.db in the folder of SBKERNELS_CACHE"),
     CACHE: ("folder of the kernels compiled at run time", "$XDG_CACHE_HOME/sbkernels or ~/.cache/sbkernels"),
 }
 
@@ -46,6 +48,12 @@ def check_seqlens() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"{CHECK_SEQLENS}={value!r} is neither 0 nor 1")
     return value == "1"
+
+
+def tuning_database() -> pathlib.Path:
+    """File of the tuning database; it need not exist."""
+    value = os.environ.get(TUNING_DB, "").strip()
+    return pathlib.Path(value).expanduser().absolute() if value else cache_folder() / "tuning.db"
 
 
 def cache_folder() -> pathlib.Path:

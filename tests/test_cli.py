@@ -9,6 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sbkernels.problem import Problem
+from sbkernels.tuning import keys
+from sbkernels.tuning.store import Store
+
 
 def sbk(*words, **environment):
     settings = {name: value for name, value in os.environ.items() if not name.startswith("SBKERNELS_")} | environment
@@ -125,3 +129,24 @@ def test_softplus_without_the_extension(tmp_path):
 def test_verify_refuses():
     assert sbk("verify", "--dtype", "int4").returncode == 2
     assert sbk("verify", "--backend", "none").returncode == 2
+
+
+def test_db(tmp_path):
+    """Export, import, show; wrong arguments."""
+    one, other, export = (str(tmp_path / name) for name in ("one.db", "other.db", "export.json"))
+    assert sbk("db", "show", "--db", one).returncode == 2
+    with Store(one) as store:
+        problem = Problem(1, 2, 2, 64, 64, 32, 32, "float32", "cpu")
+        parts = {"machine": {"name": "planted"}, "toolchain": {}, "kernel": {"backend": "torch"}, "config": {"BLOCK_M": 64}}
+        store.add(parts | {"problem": keys.problem(problem)}, "ok", 1.5)
+    assert "1 trials stored" in sbk("db", "export", export, "--db", one).stdout
+    assert "1 trials taken" in sbk("db", "import", export, "--db", other).stdout
+    assert "0 trials taken" in sbk("db", "import", export, "--db", other).stdout
+    shown = sbk("db", "show", "--db", other).stdout
+    assert all(words in shown for words in ("planted", "BLOCK_M=64", "M=64 N=64", "1.5"))
+    for arguments, words in (
+        (("import",), "expected one FILE or more"), (("export",), "expected one FILE"), (("show", "x"), "expected no FILE"),
+        (("import", str(tmp_path / "none")), "there is no file"), (("import", one), "is no export of a tuning database"),
+    ):  # fmt: skip
+        refused = sbk("db", *arguments, "--db", other)
+        assert refused.returncode == 2 and words in refused.stderr, arguments

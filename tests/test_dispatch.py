@@ -69,6 +69,34 @@ def test_illegal_config_is_refused():
         dispatch.choose(PROBLEM)
 
 
+class Picky(TorchBackend):
+    """Wants the same BLOCK_M in both directions."""
+
+    def mismatch(self, forward, backward):
+        return None if forward.BLOCK_M == backward.BLOCK_M else f"BLOCK_M={forward.BLOCK_M} and {backward.BLOCK_M}"
+
+
+def test_tuned_configs_that_do_not_match_give_way():
+    """Given ones do not: neither to defaults that match them nor to those that do not."""
+    backend = Picky()
+    default = backend.default_config(PROBLEM)
+    assert backend.default_config(PROBLEM.reversed()).BLOCK_M == default.BLOCK_M
+
+    def choice(block_m, provenance):
+        return dispatch.Choice(backend, dataclasses.replace(default, BLOCK_M=block_m), "automatic", provenance)
+
+    tuned, other = choice(16, "tuned"), choice(32, "tuned")
+    assert dispatch.agree(PROBLEM, tuned, tuned) == (tuned, tuned)
+    forward, backward = dispatch.agree(PROBLEM, tuned, other)
+    assert forward.config == default and backward.config.BLOCK_M == default.BLOCK_M
+    assert forward.provenance == "analytic default: tuned ones do not match"
+    given = choice(default.BLOCK_M, "use_backend()")
+    forward, backward = dispatch.agree(PROBLEM, given, other)
+    assert forward is given and backward.config.BLOCK_M == default.BLOCK_M
+    with pytest.raises(ValueError, match="BLOCK_M=16 and"):
+        dispatch.agree(PROBLEM, choice(16, "use_backend()"), other)
+
+
 def test_mismatched_triton_configs_are_refused():
     triton_ = pytest.importorskip("sbkernels.backends.triton_")
     if not triton_.interpreting():

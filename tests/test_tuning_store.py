@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_a_warm_answer_takes_no_scan(tmp_path):
     with Store(tmp_path / "a.db") as database:
         plan = database._connection.execute(
-            "EXPLAIN QUERY PLAN SELECT * FROM trial WHERE machine = 1 AND kernel = 2 AND problem = 3"
+            "EXPLAIN QUERY PLAN SELECT * FROM trial WHERE kernel = 2 AND machine = 1 AND problem = 3"
         )
         assert "trial_of" in plan.fetchone()[3]
     assert store.SCHEMA == 1

@@ -25,10 +25,11 @@ TABLES = (*KINDS, "trial")
 CREATE = [
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     *(f"CREATE TABLE {kind} (id TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID" for kind in KINDS),
-    "CREATE TABLE trial (id TEXT PRIMARY KEY, " + ", ".join(f"{kind} TEXT NOT NULL REFERENCES {kind} DEFERRABLE INITIALLY DEFERRED" for kind in KINDS) + ", "
-    "status TEXT NOT NULL, median REAL, body TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE INDEX trial_of ON trial (machine, kernel, problem, toolchain)",
-]  # fmt: skip
+    "CREATE TABLE trial (id TEXT PRIMARY KEY, "
+    + "".join(f"{kind} TEXT NOT NULL REFERENCES {kind} DEFERRABLE INITIALLY DEFERRED, " for kind in KINDS)
+    + "status TEXT NOT NULL, median REAL, body TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX trial_of ON trial (kernel, machine, problem, toolchain)",
+]
 
 
 # What SQLite says where the file is not at fault.
@@ -110,6 +111,31 @@ class Store:
             values,
         )
         return [(json.loads(body), ms) for body, ms in rows]
+
+    def served(self, kernel: dict) -> list[tuple]:
+        """(machine id, toolchain id, machine, problem, config, ms) of one kernel's configs that were never found wrong or broken.
+
+        ms: the least median. Machines, problems and configs as dicts.
+        """
+        rows = self._connection.execute(
+            "SELECT trial.machine, trial.toolchain, machine.body, problem.body, config.body, min(median) FROM trial "
+            "JOIN machine ON machine.id = trial.machine JOIN problem ON problem.id = trial.problem "
+            "JOIN config ON config.id = trial.config WHERE kernel = ? "
+            "GROUP BY trial.machine, trial.toolchain, trial.problem, trial.config HAVING sum(status != 'ok') = 0",
+            [keys.digest(kernel)],
+        )
+        return [(machine, toolchain, *map(json.loads, bodies), ms) for machine, toolchain, *bodies, ms in rows]
+
+    def winners(self) -> list[tuple]:
+        """(machine, kernel, problem, config, ms) of each problem's fastest config that never failed, by machine; as dicts."""
+        rows = self._connection.execute(
+            "SELECT machine.body, kernel.body, problem.body, config.body, min(ms) FROM (SELECT machine, kernel, problem, config, "
+            "min(median) AS ms FROM trial GROUP BY machine, kernel, problem, config HAVING sum(status != 'ok') = 0) AS best "
+            "JOIN machine ON machine.id = best.machine JOIN kernel ON kernel.id = best.kernel "
+            "JOIN problem ON problem.id = best.problem JOIN config ON config.id = best.config "
+            "GROUP BY best.machine, best.kernel, best.problem ORDER BY machine.body, kernel.body, problem.body"
+        )
+        return [(*map(json.loads, bodies), ms) for *bodies, ms in rows]
 
     def count(self) -> int:
         """How many trials there are."""

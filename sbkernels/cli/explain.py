@@ -63,7 +63,7 @@ def explain(arguments) -> int:
         layout="thd" if arguments.varlen else "bhnd", varlen=arguments.varlen,
         tokens=arguments.batch * arguments.keys if arguments.varlen else 0, attend_current=arguments.attend_current,
     )  # fmt: skip
-    choices = [dispatch.choose(p, arguments.backend) for p in (problem, problem.reversed())]
+    choices = dispatch.agree(problem, *(dispatch.choose(p, arguments.backend) for p in (problem, problem.reversed())))
     for p, choice in zip((problem, problem.reversed()), choices, strict=True):
         out.print(f"[bold]{escape(str(p))}[/bold]")
         out.print(f"  backend {choice.backend.name} (asked for by: {choice.asked_by})")

@@ -53,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
         "--check-record", nargs="*", metavar="FILE", help="only say whether records describe the present sources; default: all"
     )
 
+    db = commands.add_parser("db", help="the tuning database: what is in it, export, import")
+    db.add_argument("action", choices=("show", "export", "import"))
+    db.add_argument("files", nargs="*", metavar="FILE", help="export: where to; import: exports to take in")
+    db.add_argument("--db", metavar="FILE", help="the database; default: SBKERNELS_TUNING_DB")
+
     softplus = commands.add_parser("softplus", help="errors and throughput of each variant of softplus2 and of 1 - beta")
     softplus.add_argument("--json", metavar="FILE", help="store the rows with environment and source hashes")
     for command in commands.choices.values():
@@ -68,11 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, stderr=True)
     try:
         arguments.device = arguments.device or default_device()
-        from . import compare, explain, softplus, verify
+        from . import compare, db, explain, softplus, verify
 
         commands = {
             "info": explain.info, "explain": explain.explain, "compare": compare.compare, "verify": verify.verify,
-            "softplus": softplus.softplus,
+            "softplus": softplus.softplus, "db": db.db,
         }  # fmt: skip
         return commands[arguments.command](arguments)
     except KeyboardInterrupt:

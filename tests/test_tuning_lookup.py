@@ -1,0 +1,184 @@
+"""Which tuned config is served: tiers, neighbours, ties, legality; and what dispatch and `sbk explain` make of it."""
+
+import dataclasses
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+
+from sbkernels import config as configs
+from sbkernels import dispatch, env, registry, stickbreaking_attention, tuning
+from sbkernels.problem import Problem
+from sbkernels.tuning import keys
+from sbkernels.tuning.lookup import Lookup, octaves, same_architecture
+from sbkernels.tuning.store import Store
+
+PROBLEM = Problem(1, 8, 8, 512, 512, 64, 64, "float32", "cpu")
+CONFIG = {"BLOCK_M": 64, "BLOCK_N": 64, "HEADS": 1}
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """planted(ms, problem=..., config=..., store=..., status=..., machine=...): one trial; planted.lookup() over both databases."""
+    paths = {name: tmp_path / f"{name}.db" for name in ("user", "shipped")}
+    backend = registry.load("torch")
+
+    def add(ms, problem=PROBLEM, config=CONFIG, store="user", status="ok", **changed):
+        parts = {
+            "machine": keys.machine("cpu"), "toolchain": keys.toolchain(backend, "cpu"),
+            "kernel": keys.kernel(backend, problem.direction), "problem": keys.problem(problem), "config": config,
+        }  # fmt: skip
+        parts = {kind: body | changed.get(kind, {}) for kind, body in parts.items()}
+        with Store(paths[store]) as database:
+            database.add(parts, status, ms if status == "ok" else None, at=time.perf_counter_ns())
+
+    add.lookup = lambda: Lookup(lambda: [(name, Store(path)) for name, path in paths.items()])
+    add.path = paths["user"]
+    return add
+
+
+def sized(n, **changed):
+    return dataclasses.replace(PROBLEM, queries=n, keys=n, **changed)
+
+
+def test_nothing_is_served_of_nothing(planted):
+    assert planted.lookup()("torch", PROBLEM) is None
+    assert planted.lookup()("torch", sized(0)) is None
+
+
+def test_the_fastest_config_of_the_problem(planted):
+    planted(2.0)
+    planted(1.0, config=CONFIG | {"BLOCK_M": 128})
+    planted(0.5, config=CONFIG | {"BLOCK_M": 256})
+    planted(None, config=CONFIG | {"BLOCK_M": 256}, status="wrong")
+    assert planted.lookup()("torch", PROBLEM) == (CONFIG | {"BLOCK_M": 128}, "tuned, user")
+    assert planted.lookup()("torch", PROBLEM.reversed()) is None
+
+
+def test_tiers_come_before_origin(planted):
+    """From the last to the first: each row planted is served before all those before it."""
+    rows = [
+        ({"problem": sized(1024), "toolchain": {"torch": "1"}}, "tuned for 8 heads, M=1024 N=1024 with another toolchain, user"),
+        ({"toolchain": {"torch": "1"}, "store": "shipped"}, "tuned with another toolchain, shipped"),
+        ({"toolchain": {"torch": "1"}}, "tuned with another toolchain, user"),
+        ({"problem": sized(1000)}, "tuned for 8 heads, M=1000 N=1000, user"),
+        ({"problem": sized(1024), "store": "shipped"}, "tuned for 8 heads, M=1024 N=1024, shipped"),
+        ({"problem": sized(256)}, "tuned for 8 heads, M=256 N=256, user"),
+        ({"problem": sized(640)}, "tuned for 8 heads, M=640 N=640, user"),
+        ({"store": "shipped"}, "tuned, shipped"),
+        ({}, "tuned, user"),
+    ]
+    for i, (changed, words) in enumerate(rows):
+        config = CONFIG | {"BLOCK_N": 16 + i}
+        planted(1.0, config=config, **changed)
+        assert planted.lookup()("torch", PROBLEM) == (config, words)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"problem": sized(1025)}, {"problem": sized(255)}, {"problem": dataclasses.replace(PROBLEM, batch=3)},
+        {"problem": dataclasses.replace(PROBLEM, head_dim=128)}, {"problem": dataclasses.replace(PROBLEM, dtype="float16")},
+        {"problem": dataclasses.replace(PROBLEM, kv_heads=4)}, {"problem": dataclasses.replace(PROBLEM, skip=False)},
+        {"problem": dataclasses.replace(PROBLEM, attend_current=True)}, {"kernel": {"sources": "of another day"}},
+        {"machine": {"name": "another CPU"}}, {"machine": {"kind": "cuda", "capability": "9.0", "multiprocessors": 4}},
+        {"config": {"BLOCK_M": 0, "BLOCK_N": 16, "HEADS": 1}}, {"config": {"TILE": 64}},
+    ],
+)  # fmt: skip
+def test_what_never_serves(planted, changed):
+    planted(1.0, **changed)
+    assert planted.lookup()("torch", PROBLEM) is None
+
+
+def test_an_illegal_config_leaves_the_next_one(planted):
+    planted(1.0, config=CONFIG | {"BLOCK_M": 0})
+    planted(2.0)
+    assert planted.lookup()("torch", PROBLEM) == (CONFIG, "tuned, user")
+
+
+def test_equals_go_the_same_way_in_any_order(tmp_path):
+    backend, found = registry.load("torch"), set()
+    rows = [CONFIG | {"BLOCK_N": n} for n in (16, 32, 64)]
+    for i, order in enumerate(itertools.permutations(rows)):
+        with Store(tmp_path / f"{i}.db") as store:
+            for config in order:
+                parts = {
+                    "machine": keys.machine("cpu"), "toolchain": keys.toolchain(backend, "cpu"),
+                    "kernel": keys.kernel(backend, "forward"), "problem": keys.problem(PROBLEM), "config": config,
+                }  # fmt: skip
+                store.add(parts, "ok", 1.0)
+        found.add(str(Lookup(lambda i=i: [("user", Store(tmp_path / f"{i}.db"))])("torch", PROBLEM)))
+    assert len(found) == 1
+
+
+def test_distances():
+    gpu = {"kind": "cuda", "capability": "9.0", "multiprocessors": 132}
+    sizes = {"heads": 64, "queries": 4096, "keys": 4096}
+    config = {"BLOCK_M": 128}
+    assert octaves(sizes, sizes, gpu, gpu, config) == 0
+    assert octaves(sizes, sizes | {"keys": 8192}, gpu, gpu, config) == 1
+    assert octaves(sizes, sizes | {"keys": 8193}, gpu, gpu, config) is None
+    # Half as many heads of twice the queries are as many waves.
+    assert octaves(sizes, {"heads": 32, "queries": 8192, "keys": 4096}, gpu, gpu, config) == 1
+    assert octaves(sizes, sizes, gpu, gpu | {"multiprocessors": 66}, config) == 1
+    assert same_architecture(gpu, gpu | {"multiprocessors": 78}) and not same_architecture(gpu, gpu | {"multiprocessors": 40})
+    assert not same_architecture(gpu, gpu | {"capability": "8.0"})
+
+
+def test_dispatch_serves_it(planted):
+    x = torch.randn(1, 8, 512, 64)
+    planted(1.0)
+    planted(1.0, problem=PROBLEM.reversed(), config=CONFIG | {"HEADS": 2})
+    before = stickbreaking_attention(x, x, x, backend="torch")
+    try:
+        configs.install_lookup(planted.lookup())
+        forward, backward = (dispatch.choose(p, "torch") for p in (PROBLEM, PROBLEM.reversed()))
+        assert (configs.to_dict(forward.config), forward.provenance) == (CONFIG, "tuned, user")
+        assert backward.config.HEADS == 2
+        for got, wanted in zip(stickbreaking_attention(x, x, x, backend="torch"), before, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    finally:
+        tuning.install()
+    assert dispatch.choose(PROBLEM, "torch").provenance == "analytic default"
+
+
+def test_the_users_database_is_asked(planted, monkeypatch):
+    """By its variable; one that cannot be read is warned of, and attention goes on."""
+    planted(1.0)
+    try:
+        monkeypatch.setenv(env.TUNING_DB, str(planted.path))
+        tuning.install()
+        assert dispatch.choose(PROBLEM, "torch").provenance == "tuned, your database"
+        monkeypatch.setenv(env.TUNING_DB, str(planted.path.parent))
+        tuning.install()
+        with pytest.warns(UserWarning, match="tuned configs are not used: cannot open the tuning database"):
+            assert dispatch.choose(PROBLEM, "torch").provenance == "analytic default"
+        planted.path.write_bytes(b"no database" * 1000)
+        monkeypatch.setenv(env.TUNING_DB, str(planted.path))
+        tuning.install()
+        with pytest.warns(UserWarning, match="was damaged"):
+            assert dispatch.choose(PROBLEM, "torch").provenance == "analytic default"
+    finally:
+        monkeypatch.undo()
+        tuning.install()
+
+
+def test_answers_in_another_thread(planted):
+    planted(1.0)
+    lookup, found = planted.lookup(), []
+    assert lookup("torch", PROBLEM.reversed()) is None
+    thread = threading.Thread(target=lambda: found.append(lookup("torch", PROBLEM)))
+    thread.start()
+    thread.join()
+    assert found == [(CONFIG, "tuned, user")]
+
+
+def test_answers_are_kept(planted):
+    planted(1.0)
+    lookup = planted.lookup()
+    first = lookup.answer("torch", PROBLEM)
+    planted(0.5, config=CONFIG | {"BLOCK_N": 16})
+    assert lookup.answer("torch", PROBLEM) is first
+    assert planted.lookup()("torch", PROBLEM)[0]["BLOCK_N"] == 16
