@@ -26,6 +26,27 @@ def test_every_backend_runs_or_says_why():
     assert all(name in ran or MISSING[name] for name in registry.names())
 
 
+def test_hangs_and_crashes_are_named(tmp_path, monkeypatch):
+    """A torch backend that hangs on one case and kills its process on another, planted through sitecustomize."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "import sbkernels.backends.torch_ as t\n"
+        "right = t.TorchBackend.forward\n"
+        "def planted(self, call, config):\n"
+        "    if call.problem.queries == 31: os._exit(3)\n"
+        "    if call.problem.queries == 33: time.sleep(1000)\n"
+        "    return right(self, call, config)\n"
+        "t.TorchBackend.forward = planted\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    jobs = [("torch", "", "float32", inputs.Case(M=n, N=n)) for n in (30, 31, 32, 33, 34)]
+    found = {}
+    run.run(jobs, "cpu", lambda outcome: found.setdefault(outcome.name, outcome), processes=2, deadline=20.0)
+    errors = {name.split("N=")[1].split(" ")[0].rstrip(",)"): outcome.error for name, outcome in found.items()}
+    hung, died = "no result in 20 s: its process was killed", "its process died with exit status 3"
+    assert errors == {"30": "", "31": died, "32": "", "33": hung, "34": ""}
+
+
 CASE = inputs.Case(M=200, N=200, D=32, Dv=32)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import itertools
-import multiprocessing
 import time
 
 import torch
 
-from .. import registry
+from .. import registry, workers
 from ..api import stickbreaking_attention, stickbreaking_attention_varlen
 from ..backends.base import guarded_outputs
 from ..dispatch import use_backend
@@ -21,6 +19,7 @@ from . import inputs, properties, tolerance
 from .tolerance import Finding
 
 SKIP_BELOW = 2.0**-24
+DEADLINE_SECONDS = 300.0  # of a case, with the start of its process and what it compiles
 
 
 @dataclasses.dataclass
@@ -191,33 +190,31 @@ def groups(jobs) -> list[list]:
     return list(found.values())
 
 
-def run_group(group, device: str) -> list[Outcome]:
-    """Outcomes of one group, in this process."""
-    cache = {}
-    return [run_job(job, device, cache) for job in group]
+def run(jobs, device: str, progress, processes: int = 1, deadline: float = DEADLINE_SECONDS) -> None:
+    """Run jobs, calling progress(outcome) after each; several processes mostly compile, which takes longest on a GPU.
 
-
-def run(jobs, device: str, progress, processes: int = 1) -> None:
-    """Run jobs, calling progress(outcome) after each; several processes mostly compile, which takes longest on a GPU."""
-    if processes <= 1:
+    On a GPU, and with more than one process, jobs run in processes that are killed when one takes longer than `deadline` seconds: a
+    crash or a hang is that job's failure.
+    """
+    if processes <= 1 and device == "cpu":
         for group in groups(jobs):
-            for outcome in run_group(group, device):
-                progress(outcome)
+            cache = {}
+            for job in group:
+                progress(run_job(job, device, cache))
         return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        waiting = {pool.submit(run_group, group, device): group for group in groups(jobs)}
+    with contextlib.closing(workers.run(functools.partial(_work, device=device), groups(jobs), processes, deadline)) as results:
+        for job, outcome, lost in results:
+            progress(outcome or Outcome(*job[:3], str(job[3]), error=lost))
+
+
+def _work(job, cache: dict, device: str):
+    outcome = run_job(job, device, cache)
+    if outcome.error and device != "cpu":
         try:
-            for done in concurrent.futures.as_completed(waiting):
-                try:
-                    outcomes = done.result()
-                except Exception as error:  # the worker died: all of its group failed
-                    outcomes = [Outcome(*job[:3], str(job[3]), error=f"worker process: {error!r}") for job in waiting[done]]
-                for outcome in outcomes:
-                    progress(outcome)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            torch.cuda.synchronize(device)
+        except RuntimeError:  # an illegal access spoils all that follows in its process
+            return workers.Last(outcome)
+    return outcome
 
 
 EMPTY_ROW = {"run": 0, "skipped": 0, "failed": 0, "worst": 0.0, "where": "", "relative_l2": 0.0, "relative_l2_at": ""}
