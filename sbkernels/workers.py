@@ -69,7 +69,10 @@ class _Worker:
 
     def take(self, group: list) -> None:
         self.left, self.since = group, time.monotonic()
-        self.connection.send(group)
+        try:
+            self.connection.send(group)
+        except OSError:  # it died since its last result
+            self.closed = True
 
     def results(self) -> Iterator[tuple[object, object, None]]:
         while self.left and not (self.closed or self.done) and self.connection.poll():

@@ -179,7 +179,8 @@ def test_forward_saves_where_a_backward_may_follow(saves, monkeypatch):
     assert len(allocated) == (4 if saves else 2)
     ((kernel, grid, params),) = backend.launched
     assert (kernel, grid) == ("forward", 16)
-    *_, at_remainder, at_carry, at_tile, ticket = launches.FORWARD_PARAMS.unpack(params)
+    at_q, *_, at_remainder, at_carry, at_tile, ticket = values = launches.FORWARD_PARAMS.unpack(params)
+    assert (at_q, *values[4:17:4]) == (*[q.data_ptr()] * 3, out.data_ptr(), 0)
     assert (at_remainder, ticket) == (remainder.data_ptr(), 0)
     assert (at_carry, at_tile) == (tuple(x.data_ptr() for x in saved) if saves else (0, 0))
     assert out.shape == q.shape and remainder.shape == q.shape[:3]

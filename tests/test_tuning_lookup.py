@@ -11,7 +11,7 @@ import torch
 from sbkernels import config as configs
 from sbkernels import dispatch, env, registry, stickbreaking_attention, tuning
 from sbkernels.problem import Problem
-from sbkernels.tuning import keys
+from sbkernels.tuning import keys, store
 from sbkernels.tuning.lookup import Lookup, octaves, same_architecture
 from sbkernels.tuning.store import Store
 
@@ -21,17 +21,17 @@ CONFIG = {"BLOCK_M": 64, "BLOCK_N": 64, "HEADS": 1}
 
 @pytest.fixture
 def planted(tmp_path):
-    """planted(ms, problem=..., config=..., store=..., status=..., machine=...): one trial; planted.lookup() over both databases."""
+    """planted(ms, problem=..., config=..., origin=..., status=..., machine=...): one trial; planted.lookup() over both."""
     paths = {name: tmp_path / f"{name}.db" for name in ("user", "shipped")}
     backend = registry.load("torch")
 
-    def add(ms, problem=PROBLEM, config=CONFIG, store="user", status="ok", **changed):
+    def add(ms, problem=PROBLEM, config=CONFIG, origin="user", status="ok", **changed):
         parts = {
             "machine": keys.machine("cpu"), "toolchain": keys.toolchain(backend, "cpu"),
             "kernel": keys.kernel(backend, problem.direction), "problem": keys.problem(problem), "config": config,
         }  # fmt: skip
         parts = {kind: body | changed.get(kind, {}) for kind, body in parts.items()}
-        with Store(paths[store]) as database:
+        with Store(paths[origin]) as database:
             database.add(parts, status, ms if status == "ok" else None, at=time.perf_counter_ns())
 
     add.lookup = lambda: Lookup(lambda: [(name, Store(path)) for name, path in paths.items()])
@@ -52,22 +52,35 @@ def test_the_fastest_config_of_the_problem(planted):
     planted(2.0)
     planted(1.0, config=CONFIG | {"BLOCK_M": 128})
     planted(0.5, config=CONFIG | {"BLOCK_M": 256})
-    planted(None, config=CONFIG | {"BLOCK_M": 256}, status="wrong")
+    planted(None, config=CONFIG | {"BLOCK_M": 256}, status="out of memory")
     assert planted.lookup()("torch", PROBLEM) == (CONFIG | {"BLOCK_M": 128}, "tuned, user")
     assert planted.lookup()("torch", PROBLEM.reversed()) is None
+
+
+@pytest.mark.parametrize("status", store.BROKEN)
+def test_what_was_broken_at_another_size_is_not_served(planted, status):
+    planted(1.0)
+    planted(None, problem=sized(8192), status=status)
+    assert planted.lookup()("torch", PROBLEM) is None
+    planted(2.0, config=CONFIG | {"BLOCK_N": 16})
+    planted(None, problem=sized(8192), config=CONFIG | {"BLOCK_N": 16}, status="out of memory")
+    assert planted.lookup()("torch", PROBLEM)[0]["BLOCK_N"] == 16
 
 
 def test_tiers_come_before_origin(planted):
     """From the last to the first: each row planted is served before all those before it."""
     rows = [
-        ({"problem": sized(1024), "toolchain": {"torch": "1"}}, "tuned for 8 heads, M=1024 N=1024 with another toolchain, user"),
-        ({"toolchain": {"torch": "1"}, "store": "shipped"}, "tuned with another toolchain, shipped"),
-        ({"toolchain": {"torch": "1"}}, "tuned with another toolchain, user"),
-        ({"problem": sized(1000)}, "tuned for 8 heads, M=1000 N=1000, user"),
-        ({"problem": sized(1024), "store": "shipped"}, "tuned for 8 heads, M=1024 N=1024, shipped"),
-        ({"problem": sized(256)}, "tuned for 8 heads, M=256 N=256, user"),
-        ({"problem": sized(640)}, "tuned for 8 heads, M=640 N=640, user"),
-        ({"store": "shipped"}, "tuned, shipped"),
+        (
+            {"problem": sized(1024), "toolchain": {"torch": "1"}},
+            "tuned for 8 heads, M=1024 N=1024, 3.0 octaves off, with another toolchain, user",
+        ),
+        ({"toolchain": {"torch": "1"}, "origin": "shipped"}, "tuned, with another toolchain, shipped"),
+        ({"toolchain": {"torch": "1"}}, "tuned, with another toolchain, user"),
+        ({"problem": sized(1000)}, "tuned for 8 heads, M=1000 N=1000, 2.9 octaves off, user"),
+        ({"problem": sized(1024), "origin": "shipped"}, "tuned for 8 heads, M=1024 N=1024, 3.0 octaves off, shipped"),
+        ({"problem": sized(256)}, "tuned for 8 heads, M=256 N=256, 3.0 octaves off, user"),
+        ({"problem": sized(640)}, "tuned for 8 heads, M=640 N=640, 1.0 octaves off, user"),
+        ({"origin": "shipped"}, "tuned, shipped"),
         ({}, "tuned, user"),
     ]
     for i, (changed, words) in enumerate(rows):
@@ -102,13 +115,13 @@ def test_equals_go_the_same_way_in_any_order(tmp_path):
     backend, found = registry.load("torch"), set()
     rows = [CONFIG | {"BLOCK_N": n} for n in (16, 32, 64)]
     for i, order in enumerate(itertools.permutations(rows)):
-        with Store(tmp_path / f"{i}.db") as store:
+        with Store(tmp_path / f"{i}.db") as database:
             for config in order:
                 parts = {
                     "machine": keys.machine("cpu"), "toolchain": keys.toolchain(backend, "cpu"),
                     "kernel": keys.kernel(backend, "forward"), "problem": keys.problem(PROBLEM), "config": config,
                 }  # fmt: skip
-                store.add(parts, "ok", 1.0)
+                database.add(parts, "ok", 1.0)
         found.add(str(Lookup(lambda i=i: [("user", Store(tmp_path / f"{i}.db"))])("torch", PROBLEM)))
     assert len(found) == 1
 
@@ -178,7 +191,7 @@ def test_answers_in_another_thread(planted):
 def test_answers_are_kept(planted):
     planted(1.0)
     lookup = planted.lookup()
-    first = lookup.answer("torch", PROBLEM)
+    first = lookup("torch", PROBLEM)
     planted(0.5, config=CONFIG | {"BLOCK_N": 16})
-    assert lookup.answer("torch", PROBLEM) is first
+    assert lookup("torch", PROBLEM) is first
     assert planted.lookup()("torch", PROBLEM)[0]["BLOCK_N"] == 16

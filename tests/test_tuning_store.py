@@ -30,11 +30,6 @@ def bodies(config=0, problem=PROBLEM, **changed):
     return parts | changed
 
 
-def best(database, **changed):
-    parts = bodies(**changed)
-    return database.best(parts["machine"], parts["kernel"], parts["problem"])
-
-
 def write(path, writer, commits, pause=0.0):
     with Store(path) as database:
         for i in range(commits):
@@ -51,29 +46,27 @@ def test_keys_tell_problems_and_machines_apart():
     backend = load("torch")
     assert keys.kernel(backend, "forward") != keys.kernel(backend, "backward")
     assert "torch" in keys.toolchain(backend, "cpu")
-    assert keys.config(backend.default_config(PROBLEM))["BLOCK_M"] > 0
     with pytest.raises(ValueError):
         keys.canonical({"ms": float("nan")})
 
 
-def test_best_is_the_fastest_that_never_failed(tmp_path):
+def test_what_was_measured(tmp_path):
+    """The least median, none where a trial failed, machine by machine and toolchain by toolchain."""
     with Store(tmp_path / "a.db") as database:
         database.add(bodies(1), "ok", 3.0, run=0)
         database.add(bodies(1), "ok", 2.0, run=1)
         database.add(bodies(2), "ok", 1.0)
         database.add(bodies(2), "wrong", error="out: 3 times its bound")
-        database.add(bodies(3), "ok", 2.0)
-        database.add(bodies(4), "ok", 0.5, problem=PROBLEM.reversed().direction)
-        database.add(bodies(5, problem=PROBLEM.reversed()), "ok", 0.1)
-        database.add(bodies(6, toolchain={"torch": "1"}), "ok", 0.2)
-        found = best(database)
-        assert [ms for _, ms in found] == [0.2, 0.5, 2.0, 2.0] and {"BLOCK_M": 2} not in [config for config, _ in found]
-        tied = [keys.digest(config) for config, ms in found if ms == 2.0]
-        assert tied == sorted(tied)
-        parts = bodies()
-        of_now = database.best(parts["machine"], parts["kernel"], parts["problem"], parts["toolchain"])
-        assert [ms for _, ms in of_now] == [0.5, 2.0, 2.0]
-        assert best(database, kernel={"backend": "torch", "sources": "1"}) == []
+        database.add(bodies(3), "out of memory")
+        database.add(bodies(1, problem=PROBLEM.reversed()), "ok", 0.1)
+        database.add(bodies(1, toolchain={"torch": "1"}), "ok", 0.2)
+        database.add(bodies(1, kernel={"backend": "torch", "sources": "1"}), "ok", 0.3)
+        rows = database.measured(bodies()["kernel"])
+        of_problem = [row for row in rows if row.problem == keys.problem(PROBLEM)]
+        now = keys.digest(bodies()["toolchain"])
+        found = {(row.config["BLOCK_M"], row.toolchain_id == now): (row.ms, row.broken) for row in of_problem}
+        assert found == {(1, True): (2.0, False), (2, True): (None, True), (3, True): (None, False), (1, False): (0.2, False)}
+        assert len(rows) == 5 and len(database.measured()) == 6
 
 
 def test_what_is_refused(tmp_path):

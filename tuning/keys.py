@@ -1,4 +1,5 @@
-"""What a measurement is kept under: machine, toolchain, kernel sources, problem, config; each a dict of plain values.
+"""What a measurement is kept under: machine, toolchain, kernel sources, problem; each a dict of plain values, as
+config.to_dict makes of a config.
 
 Machine and toolchain are kept apart, so that an upgrade makes rows older but does not orphan them. A problem is cut in two: what
 has to match exactly, and the sizes, of which a neighbour may serve.
@@ -6,13 +7,13 @@ has to match exactly, and the sizes, of which a neighbour may serve.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 
 import torch
 
-from .. import config as configs
 from .. import environment
 from ..problem import Problem
 
@@ -31,10 +32,12 @@ def digest(value) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
+@functools.cache
 def machine(device: str) -> dict:
     """The processor that a device is.
 
-    Of a GPU name, capability, multiprocessors, memory and L2 in bytes, power limit and MIG mode; of a CPU model and cores.
+    Of a GPU name, capability, multiprocessors, memory and L2 in bytes, power limit and MIG mode; of a CPU model and cores. Asked
+    once a process, as toolchain is.
     """
     if torch.device(device).type != "cuda":
         return {"kind": "cpu", "name": environment.cpu_name(), "cores": os.cpu_count()}
@@ -47,6 +50,7 @@ def machine(device: str) -> dict:
     }  # fmt: skip
 
 
+@functools.cache
 def toolchain(backend, device: str) -> dict:
     """Versions that a backend's kernels on a device depend on besides their sources."""
     found = environment.versions() | backend.versions()
@@ -66,8 +70,3 @@ def problem(described: Problem) -> dict:
     exact = {name: getattr(described, name) for name in EXACT}
     sizes = {"heads": described.batch * described.heads, "queries": described.queries, "keys": described.keys}
     return {"exact": exact, "sizes": sizes}
-
-
-def config(chosen) -> dict:
-    """A backend's config by field name."""
-    return configs.to_dict(chosen)

@@ -2,7 +2,7 @@
 
 Machines, toolchains, kernels, problems and configs are rows named by the digest of what they hold (keys.py), and so are trials:
 writing one twice changes nothing, and merging two files gives the same whichever comes first. The best config is not stored but
-asked for (`best`).
+asked for (`measured`).
 
 Source of the layout: SQLite's documentation of WAL mode and of quick_check.
 """
@@ -10,6 +10,7 @@ Source of the layout: SQLite's documentation of WAL mode and of quick_check.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import sqlite3
@@ -20,7 +21,9 @@ from . import keys
 SCHEMA = 1
 BUSY_SECONDS = 30.0  # how long a writer waits for another
 KINDS = ("machine", "toolchain", "kernel", "problem", "config")
-STATUSES = ("ok", "wrong", "crashed", "hung", "out of memory", "not compiled", "illegal")
+# What a config did once it may do at other sizes too; the rest is of the problem it was tried on.
+BROKEN = ("wrong", "crashed", "hung")
+STATUSES = ("ok", *BROKEN, "out of memory", "not compiled", "illegal")
 TABLES = (*KINDS, "trial")
 CREATE = [
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -38,6 +41,20 @@ OF_THE_DISK = ("unable to open", "readonly", "locked", "disk i/o error", "is ful
 
 def _of_the_disk(error: BaseException) -> bool:
     return isinstance(error, sqlite3.OperationalError) and any(words in str(error).lower() for words in OF_THE_DISK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A config on a problem, on one machine with one toolchain."""
+
+    machine_id: str
+    toolchain_id: str
+    machine: dict
+    kernel: dict
+    problem: dict
+    config: dict
+    ms: float | None  # the least median; None where a trial was not ok
+    broken: bool  # whether a trial was one of BROKEN
 
 
 class NewerDatabase(RuntimeError):
@@ -97,45 +114,22 @@ class Store:
             self._connection.execute("INSERT OR IGNORE INTO trial VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         return trial
 
-    def best(self, machine: dict, kernel: dict, problem: dict, toolchain: dict | None = None) -> list[tuple[dict, float]]:
-        """(config, least of its medians in ms) of the configs that were never found wrong or broken here, fastest first.
-
-        Of one toolchain, or of any. Ties go by the config's digest, so that everyone with the same rows gets the same answer.
-        """
-        where, values = "machine = ? AND kernel = ? AND problem = ?", [keys.digest(x) for x in (machine, kernel, problem)]
-        if toolchain is not None:
-            where, values = f"{where} AND toolchain = ?", [*values, keys.digest(toolchain)]
+    def measured(self, kernel: dict | None = None) -> list[Row]:
+        """What was measured, of one kernel or of all: a row for each config of each problem, by machine and toolchain."""
+        broken = ", ".join(f"'{status}'" for status in BROKEN)
         rows = self._connection.execute(
-            f"SELECT config.body, min(median) AS ms FROM trial JOIN config ON config.id = trial.config WHERE {where} "
-            "GROUP BY trial.config HAVING sum(status != 'ok') = 0 ORDER BY ms, trial.config",
-            values,
+            "SELECT trial.machine, trial.toolchain, machine.body, kernel.body, problem.body, config.body, min(median), "
+            f"sum(status != 'ok'), sum(status IN ({broken})) FROM trial JOIN machine ON machine.id = trial.machine "
+            "JOIN kernel ON kernel.id = trial.kernel JOIN problem ON problem.id = trial.problem "
+            "JOIN config ON config.id = trial.config WHERE ?1 IS NULL OR trial.kernel = ?1 "
+            "GROUP BY trial.machine, trial.toolchain, trial.kernel, trial.problem, trial.config "
+            "ORDER BY trial.machine, trial.toolchain, trial.kernel, trial.problem, trial.config",
+            [None if kernel is None else keys.digest(kernel)],
         )
-        return [(json.loads(body), ms) for body, ms in rows]
-
-    def served(self, kernel: dict) -> list[tuple]:
-        """(machine id, toolchain id, machine, problem, config, ms) of one kernel's configs that were never found wrong or broken.
-
-        ms: the least median. Machines, problems and configs as dicts.
-        """
-        rows = self._connection.execute(
-            "SELECT trial.machine, trial.toolchain, machine.body, problem.body, config.body, min(median) FROM trial "
-            "JOIN machine ON machine.id = trial.machine JOIN problem ON problem.id = trial.problem "
-            "JOIN config ON config.id = trial.config WHERE kernel = ? "
-            "GROUP BY trial.machine, trial.toolchain, trial.problem, trial.config HAVING sum(status != 'ok') = 0",
-            [keys.digest(kernel)],
-        )
-        return [(machine, toolchain, *map(json.loads, bodies), ms) for machine, toolchain, *bodies, ms in rows]
-
-    def winners(self) -> list[tuple]:
-        """(machine, kernel, problem, config, ms) of each problem's fastest config that never failed, by machine; as dicts."""
-        rows = self._connection.execute(
-            "SELECT machine.body, kernel.body, problem.body, config.body, min(ms) FROM (SELECT machine, kernel, problem, config, "
-            "min(median) AS ms FROM trial GROUP BY machine, kernel, problem, config HAVING sum(status != 'ok') = 0) AS best "
-            "JOIN machine ON machine.id = best.machine JOIN kernel ON kernel.id = best.kernel "
-            "JOIN problem ON problem.id = best.problem JOIN config ON config.id = best.config "
-            "GROUP BY best.machine, best.kernel, best.problem ORDER BY machine.body, kernel.body, problem.body"
-        )
-        return [(*map(json.loads, bodies), ms) for *bodies, ms in rows]
+        return [
+            Row(machine, toolchain, *map(json.loads, bodies), ms if not failed else None, bool(broken))
+            for machine, toolchain, *bodies, ms, failed, broken in rows
+        ]
 
     def count(self) -> int:
         """How many trials there are."""

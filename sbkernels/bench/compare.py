@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import reference
 from ..api import stickbreaking_attention, stickbreaking_attention_varlen
 from ..verify import inputs, tolerance
-from ..verify.run import attend, expectation, judge, problem_of, variant_of, why_not
-from .timer import measure
+from ..verify.run import SKIP_BELOW, attend, expectation, judge, problem_of, variant_of, why_not
+from .timer import measure, measure_host
 
 CAPTURED = pathlib.Path(__file__).resolve().parents[2] / "tests" / "data" / "captured_qkv.safetensors"
 # The interpreter takes about 15 ms a tile of 64 by 64 logits: this many keep it to some seconds.
@@ -27,9 +27,9 @@ SOFTMAX = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
-SKIP_BELOW = 2.0**-24
 TILED_TOKENS, NO_STOP = 16384, ", no early stop"
 STICK_GONE = 2.0**-24
+HOST_SHAPE = (1, 1, 64, 64)  # B, H, N, D: so little that the device keeps up with the host
 
 
 @dataclasses.dataclass
@@ -226,6 +226,13 @@ def softmax_contenders(x: inputs.Inputs) -> dict[str, dict]:
             "backward": lambda out=out, leaves=leaves: torch.autograd.grad(out, leaves, x.dout, retain_graph=True),
         }
     return found
+
+
+def host_overhead(backends: list[str], device: str) -> dict[str, float]:
+    """Host's microseconds for a forward call of HOST_SHAPE in bfloat16, without gradients: of backends that run it, and of SDPA."""
+    q, k, v = (torch.randn(HOST_SHAPE, dtype=torch.bfloat16, device=device) for _ in range(3))
+    contenders = {name: lambda name=name: stickbreaking_attention(q, k, v, backend=name) for name in backends}
+    return measure_host(contenders | {"SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)}, device)
 
 
 def run(problems: list[Problem], device: str, found, rows: list[Row], progress) -> None:

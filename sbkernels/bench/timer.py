@@ -20,6 +20,7 @@ FLUSHES = 12
 WARMUP_CALLS = 2
 TARGET_SECONDS = 0.4  # time spent on each contender's samples
 MIN_SAMPLES, MAX_SAMPLES = 3, 200
+HOST_CALLS, HOST_ROUNDS = 20, 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,24 @@ def _cpu_sample(function: Callable, _flush) -> float:
     begin = time.perf_counter_ns()
     function()
     return (time.perf_counter_ns() - begin) / 1e6
+
+
+def measure_host(contenders: dict[str, Callable], device: str) -> dict[str, float]:
+    """Microseconds until an argument-less function returns that enqueues little work on a CUDA device; by name, called in turns.
+
+    The least mean of HOST_CALLS calls: whatever else the machine does only adds to it.
+    """
+    best = dict.fromkeys(contenders, math.inf)
+    for _ in range(HOST_ROUNDS):
+        for name, function in contenders.items():
+            function()  # caches are this contender's
+            torch.cuda.synchronize(device)
+            begin = time.perf_counter_ns()
+            for _ in range(HOST_CALLS):
+                function()
+            best[name] = min(best[name], (time.perf_counter_ns() - begin) / HOST_CALLS / 1e3)
+        torch.cuda.synchronize(device)
+    return best
 
 
 def measure(contenders: dict[str, Callable], device: str) -> dict[str, Timing]:

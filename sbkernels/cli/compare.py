@@ -8,7 +8,6 @@ import pathlib
 from rich.markup import escape
 
 from ..bench import compare as bench
-from ..bench import host
 from ..dispatch import BackendError, availability_text
 from ..verify import record
 from ..verify.run import targets
@@ -36,7 +35,7 @@ def compare(arguments) -> int:
             bench.run(problems, device, found, rows, lambda *what: bar.update(task, advance=1, description=" ".join(what)))
             if device != "cpu" and not arguments.input:
                 timed = dict.fromkeys(row.backend for row in rows if row.ms is not None)
-                host_us = host.overhead(list(timed), device)
+                host_us = bench.host_overhead(list(timed), device)
         except KeyboardInterrupt:
             interrupted = True
     ran = {row.backend for row in rows if row.relative_l2 is not None}
@@ -45,7 +44,7 @@ def compare(arguments) -> int:
     show(problems, rows, missing)
     if host_us:
         times = ", ".join(f"{name} {us:.1f}" for name, us in host_us.items())
-        out.print(f"host, microseconds a forward call of {host.SHAPE}, at best: {times}", style="dim")
+        out.print(f"host, microseconds a forward call of {bench.HOST_SHAPE}, at best: {times}", style="dim")
     if arguments.json:
         record.write(arguments.json, "compare", [dataclasses.asdict(row) for row in rows], device=device, host_us=host_us)
         out.print(f"stored in {arguments.json}")

@@ -7,6 +7,7 @@ import pathlib
 from rich.markup import escape
 
 from .. import env
+from ..tuning import keys
 from ..tuning.store import Store
 from .shared import out, table
 
@@ -38,12 +39,17 @@ def db(arguments) -> int:
 
 
 def show(store: Store, path: pathlib.Path) -> None:
-    """The fastest config of each problem on each machine."""
+    """The fastest config of each problem on each machine, of all toolchains."""
     rows = table(f"{path}: {store.count()} trials", "machine", "backend", "problem", "config", "ms", right=("ms",))
-    for machine, kernel, problem, config, ms in store.winners():
-        exact, sizes = problem["exact"], problem["sizes"]
+    fastest = {}
+    for row in store.measured():
+        key = keys.canonical([row.machine, row.kernel, row.problem])
+        if row.ms is not None and (key not in fastest or row.ms < fastest[key].ms):
+            fastest[key] = row
+    for _, row in sorted(fastest.items()):
+        exact, sizes = row.problem["exact"], row.problem["sizes"]
         words = f"{exact['direction']} {sizes['heads']} heads M={sizes['queries']} N={sizes['keys']} "
         words += f"D={exact['head_dim']} {exact['dtype']}"
-        values = " ".join(f"{name}={value}" for name, value in config.items())
-        rows.add_row(escape(machine["name"]), kernel["backend"], words, values, f"{ms:.4g}")
+        values = " ".join(f"{name}={value}" for name, value in row.config.items())
+        rows.add_row(escape(row.machine["name"]), row.kernel["backend"], words, values, f"{row.ms:.4g}")
     out.print(rows)

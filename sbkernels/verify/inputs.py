@@ -159,7 +159,19 @@ def cases(large: bool) -> list[Case]:
         for current, skip in ((False, False), (True, True))
     ]
     found += [
-        Case(regime, 2, 4, (4, 2, 4, 1)[i % 4], 384, 384, dim, dim, LAYOUTS[i % len(LAYOUTS)], i % 2 == 1, i % 3 == 0)
+        Case(
+            regime,
+            B=2,
+            H=4,
+            Hk=(4, 2, 4, 1)[i % 4],
+            M=384,
+            N=384,
+            D=dim,
+            Dv=dim,
+            layout=LAYOUTS[i % len(LAYOUTS)],
+            attend_current=i % 2 == 1,
+            skip=i % 3 == 0,
+        )
         for i, (regime, dim) in enumerate(itertools.product(REGIMES, (64, 128)))
     ]
     found += [Case(M=n, N=n, attend_current=n % 2 == 0, skip=n > TILE) for n in edges]
