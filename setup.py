@@ -18,6 +18,7 @@ EXTENSION = "sbkernels._C"
 
 TRITON = ["triton>=3.6,<3.7; platform_system == 'Linux'"]
 CUPY = [f"{package}; platform_system == 'Linux'" for package in ("cupy-cuda13x>=14,<15", "nvidia-cuda-nvrtc>=13,<14")]
+TUNE = ["optuna>=4,<6", "scipy>=1.11"]  # for the guided search alone
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2", "ruff>=0.9", "pybind11>=2.13", "ninja>=1.11"]
 
 
@@ -62,10 +63,10 @@ setup(
     python_requires=">=3.10",
     package_dir={"sbkernels": "sbkernels"} | {f"sbkernels.{name}": folder for name, folder in MAPPED.items()},
     packages=PACKAGES + [f"sbkernels.{name}" for name in MAPPED],
-    package_data={"sbkernels.csrc": ["*.cuh", "*.h", "*.cu", "*.cpp"]},
+    package_data={"sbkernels.csrc": ["*.cuh", "*.h", "*.cu", "*.cpp"], "sbkernels.tuning": ["data/*.json"]},
     ext_modules=[Extension(EXTENSION, sources=[])],
     cmdclass={"build_ext": BuildExtension},
     install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "rich>=13", "safetensors>=0.4"],
-    extras_require={"triton": TRITON, "cupy": CUPY, "test": TEST, "all": TRITON + CUPY + TEST},
+    extras_require={"triton": TRITON, "cupy": CUPY, "tune": TUNE, "test": TEST, "all": TRITON + CUPY + TUNE + TEST},
     entry_points={"console_scripts": ["sbk = sbkernels.cli.main:main"]},
 )

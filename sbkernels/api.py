@@ -139,11 +139,11 @@ def _plan_key(q, k, v, layout, attend_current, skip_below, backend) -> tuple | N
 
 def _make_plan(key: tuple, problem: Problem, backend, requires_grad: bool) -> _Plan:
     """The plan of a checked problem, kept from now on."""
-    forward, backward, reversed_problem = dispatch.choose(problem, backend), None, None
     if requires_grad and torch.is_grad_enabled():
         reversed_problem = problem.reversed()
-        backward = dispatch.choose(reversed_problem, backend)
-        forward, backward = dispatch.agree(problem, forward, backward)
+        forward, backward = dispatch.choose_both(problem, backend)
+    else:
+        forward, backward, reversed_problem = dispatch.choose(problem, backend), None, None
     plan = _Plan(problem, problem.head_dim**-0.5, problem.empty, forward, backward, reversed_problem, requires_grad)
     if len(_plans) >= PLANS_KEPT:
         _plans.clear()

@@ -122,22 +122,61 @@ def choose(problem: Problem, backend: str | None = None) -> Choice:
             if reason is not None:
                 raise ValueError(f"use_backend({name!r}, {problem.direction}={config}): {reason}")
             return Choice(chosen, config, asked_by, GIVEN)
-        return Choice(chosen, *_config(chosen, problem, asked_by))
-    for candidate in registry.names():
-        chosen, reason = registry.try_load(candidate)
-        if reason is None and chosen.unsupported(problem) is None and chosen.slow(problem) is None:
-            return Choice(chosen, *_config(chosen, problem, asked_by))
-    raise BackendError(f"no backend can run this problem\n{availability_text(problem)}")
+        return _choice(chosen, asked_by, problem)
+    return _choice(*_automatic((problem,)), problem)
+
+
+def choose_both(problem: Problem, backend: str | None = None) -> tuple[Choice, Choice]:
+    """What runs a forward problem and its backward: one backend, and configs that go together. Raises as those do."""
+    both = (problem, problem.reversed())
+    if requested(backend)[0] is not None:
+        return agree(problem, *(choose(p, backend) for p in both))
+    found = _automatic(both)
+    return agree(problem, *(_choice(*found, p) for p in both))
+
+
+def _automatic(problems: tuple[Problem, ...]) -> tuple[object, str]:
+    """(backend, why) for problems that one backend has to run: the first in order of preference that can, unless another is faster.
+
+    Others count where all were tuned on the same machine and sizes.
+    """
+    able = []
+    for name in registry.names():
+        backend, reason = registry.try_load(name)
+        if reason is None and all(backend.unsupported(p) is None and backend.slow(p) is None for p in problems):
+            able.append(backend)
+    if not able:
+        raise BackendError(f"no backend can run this problem\n{availability_text(problems[0])}")
+    measured = [tuned_ms(backend, problems) for backend in able]
+    if measured[0] is None:
+        return able[0], "automatic"
+    comparable = [i for i, found in enumerate(measured) if found is not None and found[1] == measured[0][1]]
+    fastest = min(comparable, key=lambda i: measured[i][0])
+    if fastest == 0:
+        return able[0], "automatic"
+    return able[fastest], f"automatic: {measured[fastest][0]:.4g} ms tuned, {able[0].name} {measured[0][0]:.4g}"
+
+
+def tuned_ms(backend, problems: tuple[Problem, ...]) -> tuple[float, list[str]] | None:
+    """(milliseconds of all the problems with tuned configs, what each was measured on); None where one was not tuned."""
+    answers = [configs.tuned(backend, problem) for problem in problems]
+    return None if None in answers else (sum(answer.ms for answer in answers), [answer.measured_on for answer in answers])
 
 
 def agree(problem: Problem, forward: Choice, backward: Choice) -> tuple[Choice, Choice]:
-    """Choices of both directions of a problem that go together: tuned ones that do not give way to the defaults, which do.
+    """Choices of both directions of a problem that go together.
 
-    ValueError where configs that were given do not.
+    Where tuned ones do not, the forward's gives way to the fastest tuned one that goes with the backward's, which takes most of
+    the time; where there is none, those that were not given give way to the defaults. ValueError where configs that were given do
+    not go together.
     """
     backend = backward.backend
     if backend.mismatch(forward.config, backward.config) is None:
         return forward, backward
+    other = configs.tuned(backend, problem, backward.config) if forward.provenance != GIVEN else None
+    if other is not None:
+        config = backend.config_types["forward"](**other.config)
+        return dataclasses.replace(forward, config=config, provenance=f"{other.provenance}, to go with the backward's"), backward
     both = [
         choice
         if choice.provenance == GIVEN
@@ -150,6 +189,6 @@ def agree(problem: Problem, forward: Choice, backward: Choice) -> tuple[Choice, 
     return tuple(both)
 
 
-def _config(backend, problem, asked_by):
+def _choice(backend, asked_by: str, problem: Problem) -> Choice:
     config, provenance = configs.resolve(backend, problem)
-    return config, asked_by, provenance
+    return Choice(backend, config, asked_by, provenance)

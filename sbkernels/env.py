@@ -10,6 +10,7 @@ WORKSPACE = "SBKERNELS_WORKSPACE"
 CHECK_SEQLENS = "SBKERNELS_CHECK_SEQLENS"
 CACHE = "SBKERNELS_CACHE"
 TUNING_DB = "SBKERNELS_TUNING_DB"
+AUTOTUNE = "SBKERNELS_AUTOTUNE"
 
 DEFAULT_WORKSPACE = 256 * 2**20
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -19,6 +20,7 @@ VARIABLES = {
     BACKEND: ("backend of calls that name none: a registered name, or auto", "auto"),
     WORKSPACE: ("most bytes a backward may take for scratch, such as 268435456, 256MiB or 1GiB", "256MiB"),
     CHECK_SEQLENS: ("1: read cu_seqlens back and check it in each varlen call; 0: trust it (CUDA graph capture)", "1"),
+    AUTOTUNE: ("1: tune for the first problem of its kind that no tuned config serves; takes up to a minute a pass", "0"),
     TUNING_DB: ("file of the tuning database", "tuning.db in the folder of SBKERNELS_CACHE"),
     CACHE: ("folder of the kernels compiled at run time", "$XDG_CACHE_HOME/sbkernels or ~/.cache/sbkernels"),
 }
@@ -44,9 +46,18 @@ def workspace() -> int:
 
 def check_seqlens() -> bool:
     """Whether varlen calls read cu_seqlens back to the host and check it."""
-    value = os.environ.get(CHECK_SEQLENS, "").strip() or "1"
+    return _flag(CHECK_SEQLENS, "1")
+
+
+def autotune() -> bool:
+    """Whether what no tuned config serves is tuned when it first comes."""
+    return _flag(AUTOTUNE, "0")
+
+
+def _flag(name: str, default: str) -> bool:
+    value = os.environ.get(name, "").strip() or default
     if value not in ("0", "1"):
-        raise ValueError(f"{CHECK_SEQLENS}={value!r} is neither 0 nor 1")
+        raise ValueError(f"{name}={value!r} is neither 0 nor 1")
     return value == "1"
 
 

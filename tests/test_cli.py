@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -132,21 +133,54 @@ def test_verify_refuses():
 
 
 def test_db(tmp_path):
-    """Export, import, show; wrong arguments."""
+    """Export, import, merge, show, history, check, prune; wrong arguments."""
     one, other, export = (str(tmp_path / name) for name in ("one.db", "other.db", "export.json"))
     assert sbk("db", "show", "--db", one).returncode == 2
     with Store(one) as store:
         problem = Problem(1, 2, 2, 64, 64, 32, 32, "float32", "cpu")
         parts = {"machine": {"name": "planted"}, "toolchain": {}, "kernel": {"backend": "torch"}, "config": {"BLOCK_M": 64}}
-        store.add(parts | {"problem": keys.problem(problem)}, "ok", 1.5)
-    assert "1 trials stored" in sbk("db", "export", export, "--db", one).stdout
-    assert "1 trials taken" in sbk("db", "import", export, "--db", other).stdout
-    assert "0 trials taken" in sbk("db", "import", export, "--db", other).stdout
+        store.add(parts | {"problem": keys.problem(problem)}, "confirmed", 1.5, samples=[1.5])
+        store.add(parts | {"problem": keys.problem(problem), "config": {"BLOCK_M": 16}}, "hung", why="planted hang")
+    assert "2 trials stored" in sbk("db", "export", export, "--db", one).stdout
+    assert "2 trials taken" in sbk("db", "import", export, "--db", other).stdout
+    assert "0 trials new" in sbk("db", "merge", one, "--db", other).stdout
     shown = sbk("db", "show", "--db", other).stdout
-    assert all(words in shown for words in ("planted", "BLOCK_M=64", "M=64 N=64", "1.5"))
+    assert all(words in shown for words in ("planted", "BLOCK_M=64", "N=64", "1.5")) and "BLOCK_M=16" not in shown
+    assert "hung: planted hang" in " ".join(sbk("db", "history", "--db", other).stdout.split())
+    assert "2 trials, 0 of the present kernels, 0 faults" in sbk("db", "check", "--db", other).stdout
+    assert "2 trials stored" in sbk("db", "export", export, "--only", "served", "--db", other).stdout
+    assert "samples" not in pathlib.Path(export).read_text()
+    assert "2 trials of other kernels removed, 0 left" in sbk("db", "prune", "--db", other).stdout
     for arguments, words in (
         (("import",), "expected one FILE or more"), (("export",), "expected one FILE"), (("show", "x"), "expected no FILE"),
         (("import", str(tmp_path / "none")), "there is no file"), (("import", one), "is no export of a tuning database"),
+        (("merge", other), "with itself"), (("show", "--only", "served"), "expected with export"),
     ):  # fmt: skip
         refused = sbk("db", *arguments, "--db", other)
         assert refused.returncode == 2 and words in refused.stderr, arguments
+
+
+def test_tune_and_explain(tmp_path):
+    """The torch backend is tuned for a problem, the dispatcher then serves what was found; a second run measures nothing."""
+    path = str(tmp_path / "t.db")
+    shape = ("--shape", "1,2,32,16", "--backend", "torch", "--budget", "6", "--direction", "forward")
+    run = sbk("tune", *shape, SBKERNELS_TUNING_DB=path, OMP_NUM_THREADS="1")
+    assert run.returncode == 0 and f"tuned in {path}" in run.stdout, run.stderr
+    sizes = ("--heads", "2", "--keys", "32", "--head-dim", "16", "--dtype", "float32", "--backend", "torch")
+    assert "(tuned, your database)" in sbk("explain", *sizes, SBKERNELS_TUNING_DB=path).stdout
+
+
+def test_tune_refuses(tmp_path):
+    newer = tmp_path / "newer.db"
+    with Store(newer) as store:
+        store._connection.execute("PRAGMA user_version = 99")
+    for arguments, words in (
+        (("--backend", "none"), "not registered"), (("--backend", "cuda"), "nothing to tune on cpu"),
+        (("--budget", "0.5"), "expected at least"), (("--budget", "nan"), "expected at least"),
+        (("--set", "none"), "expected one of"),
+        (("--shape", "1,2,3"), "expected B,H,N,D"), (("--dtype", "int4"), "expected one of"), (("--gpus", "2"), "expected all"),
+        (("--gpus", "all"), "no CUDA device"), (("--db", "/proc/none/t.db"), "/proc/none"), (("--db", str(newer)), "has schema 99"),
+        (("--replay", str(tmp_path / "none")), "there is no file"),
+    ):  # fmt: skip
+        refused = sbk("tune", "--device", "cpu", *arguments)
+        assert (refused.returncode, words in refused.stderr, "Traceback" in refused.stderr) == (2, True, False), refused.stderr

@@ -55,10 +55,10 @@ def test_named_backend_never_falls_back():
 
 def test_config_lookup_is_asked_and_checked():
     try:
-        config.install_lookup(lambda name, problem: ({"BLOCK_M": 16, "BLOCK_N": 16, "HEADS": 1}, "exact record"))
+        config.install_lookup(lambda *_: config.Answer({"BLOCK_M": 16, "BLOCK_N": 16, "HEADS": 1}, "exact record", 1.0, "here"))
         choice = dispatch.choose(PROBLEM, "torch")
         assert (choice.config, choice.provenance) == (TorchConfig(16, 16, 1), "exact record")
-        config.install_lookup(lambda name, problem: ({"BLOCK_M": 0, "BLOCK_N": 16, "HEADS": 1}, "bad record"))
+        config.install_lookup(lambda *_: config.Answer({"BLOCK_M": 0, "BLOCK_N": 16, "HEADS": 1}, "bad record", 1.0, "here"))
         assert dispatch.choose(PROBLEM, "torch").provenance == "analytic default"
     finally:
         config.install_lookup(None)
@@ -141,7 +141,7 @@ def test_what_decides_takes_effect_at_once(ran, monkeypatch):
                 assert ran.pop()[0] == asked
     try:
         for tuned in (first, second):
-            config.install_lookup(lambda name, problem, tuned=tuned: (config.to_dict(tuned), "record"))
+            config.install_lookup(lambda *_, tuned=tuned: config.Answer(config.to_dict(tuned), "record", 1.0, "here"))
             stickbreaking_attention(x, x, x, backend="torch")
             assert ran.pop()[0] == tuned
     finally:

@@ -1,9 +1,13 @@
 """Which tuned config is served: tiers, neighbours, ties, legality; and what dispatch and `sbk explain` make of it."""
 
+import collections
 import dataclasses
 import itertools
+import json
+import pathlib
 import threading
 import time
+import timeit
 
 import pytest
 import torch
@@ -11,11 +15,12 @@ import torch
 from sbkernels import config as configs
 from sbkernels import dispatch, env, registry, stickbreaking_attention, tuning
 from sbkernels.problem import Problem
-from sbkernels.tuning import keys, store
+from sbkernels.tuning import keys, replay, store
 from sbkernels.tuning.lookup import Lookup, octaves, same_architecture
 from sbkernels.tuning.store import Store
 
 PROBLEM = Problem(1, 8, 8, 512, 512, 64, 64, "float32", "cpu")
+SPACES = pathlib.Path(__file__).parent / "data" / "tuning-spaces.json"
 CONFIG = {"BLOCK_M": 64, "BLOCK_N": 64, "HEADS": 1}
 
 
@@ -25,14 +30,14 @@ def planted(tmp_path):
     paths = {name: tmp_path / f"{name}.db" for name in ("user", "shipped")}
     backend = registry.load("torch")
 
-    def add(ms, problem=PROBLEM, config=CONFIG, origin="user", status="ok", **changed):
+    def add(ms, problem=PROBLEM, config=CONFIG, origin="user", status="confirmed", **changed):
         parts = {
             "machine": keys.machine("cpu"), "toolchain": keys.toolchain(backend, "cpu"),
             "kernel": keys.kernel(backend, problem.direction), "problem": keys.problem(problem), "config": config,
         }  # fmt: skip
         parts = {kind: body | changed.get(kind, {}) for kind, body in parts.items()}
         with Store(paths[origin]) as database:
-            database.add(parts, status, ms if status == "ok" else None, at=time.perf_counter_ns())
+            database.add(parts, status, ms if status == "confirmed" else None, at=time.perf_counter_ns())
 
     add.lookup = lambda: Lookup(lambda: [(name, Store(path)) for name, path in paths.items()])
     add.path = paths["user"]
@@ -53,7 +58,7 @@ def test_the_fastest_config_of_the_problem(planted):
     planted(1.0, config=CONFIG | {"BLOCK_M": 128})
     planted(0.5, config=CONFIG | {"BLOCK_M": 256})
     planted(None, config=CONFIG | {"BLOCK_M": 256}, status="out of memory")
-    assert planted.lookup()("torch", PROBLEM) == (CONFIG | {"BLOCK_M": 128}, "tuned, user")
+    assert planted.lookup()("torch", PROBLEM)[:2] == (CONFIG | {"BLOCK_M": 128}, "tuned, user")
     assert planted.lookup()("torch", PROBLEM.reversed()) is None
 
 
@@ -86,7 +91,7 @@ def test_tiers_come_before_origin(planted):
     for i, (changed, words) in enumerate(rows):
         config = CONFIG | {"BLOCK_N": 16 + i}
         planted(1.0, config=config, **changed)
-        assert planted.lookup()("torch", PROBLEM) == (config, words)
+        assert planted.lookup()("torch", PROBLEM)[:2] == (config, words)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_what_never_serves(planted, changed):
 def test_an_illegal_config_leaves_the_next_one(planted):
     planted(1.0, config=CONFIG | {"BLOCK_M": 0})
     planted(2.0)
-    assert planted.lookup()("torch", PROBLEM) == (CONFIG, "tuned, user")
+    assert planted.lookup()("torch", PROBLEM)[:2] == (CONFIG, "tuned, user")
 
 
 def test_equals_go_the_same_way_in_any_order(tmp_path):
@@ -121,7 +126,7 @@ def test_equals_go_the_same_way_in_any_order(tmp_path):
                     "machine": keys.machine("cpu"), "toolchain": keys.toolchain(backend, "cpu"),
                     "kernel": keys.kernel(backend, "forward"), "problem": keys.problem(PROBLEM), "config": config,
                 }  # fmt: skip
-                database.add(parts, "ok", 1.0)
+                database.add(parts, "confirmed", 1.0)
         found.add(str(Lookup(lambda i=i: [("user", Store(tmp_path / f"{i}.db"))])("torch", PROBLEM)))
     assert len(found) == 1
 
@@ -185,7 +190,7 @@ def test_answers_in_another_thread(planted):
     thread = threading.Thread(target=lambda: found.append(lookup("torch", PROBLEM)))
     thread.start()
     thread.join()
-    assert found == [(CONFIG, "tuned, user")]
+    assert [answer[:2] for answer in found] == [(CONFIG, "tuned, user")]
 
 
 def test_answers_are_kept(planted):
@@ -195,3 +200,120 @@ def test_answers_are_kept(planted):
     planted(0.5, config=CONFIG | {"BLOCK_N": 16})
     assert lookup("torch", PROBLEM) is first
     assert planted.lookup()("torch", PROBLEM)[0]["BLOCK_N"] == 16
+
+
+def test_what_a_forward_saves_goes_with_its_backward(planted, monkeypatch):
+    """Where the fastest of both directions do not match, the forward's gives way to the next one that does."""
+    wide, narrow = CONFIG | {"BLOCK_N": 128}, CONFIG
+    planted(1.0, config=wide)
+    planted(1.5, config=narrow)
+    planted(1.0, problem=PROBLEM.reversed(), config=narrow)
+    backend = registry.load("torch")
+    differ = lambda self, forward, backward: None if forward.BLOCK_N == backward.BLOCK_N else "differ"  # noqa: E731
+    monkeypatch.setattr(type(backend), "mismatch", differ)
+    try:
+        configs.install_lookup(planted.lookup())
+        assert dispatch.choose(PROBLEM, "torch").config.BLOCK_N == 128
+        forward, backward = dispatch.choose_both(PROBLEM, "torch")
+        assert (forward.config.BLOCK_N, backward.config.BLOCK_N) == (64, 64)
+        assert forward.provenance == "tuned, user, to go with the backward's"
+    finally:
+        tuning.install()
+
+
+def test_the_backend_that_was_measured_fastest_is_chosen(monkeypatch):
+    """By both directions together, and only where the times are of the same machine and sizes."""
+    answers = {}
+    able = {"cuda": registry.load("torch"), "triton": None, "ptx": None, "torch": None}
+    others = {name: dataclasses.make_dataclass(name, [])() for name in able}
+    for name, backend in others.items():
+        type(backend).name, type(backend).config_types = name, able["cuda"].config_types
+        type(backend).unsupported = type(backend).slow = type(backend).illegal = type(backend).mismatch = lambda *_: None
+        type(backend).default_config = lambda self, problem: "default"
+    monkeypatch.setattr(registry, "try_load", lambda name: (others[name], None))
+    try:
+        configs.install_lookup(lambda name, problem, _: answers.get((name, problem.direction)))
+
+        def plant(name, direction, ms, where="here"):
+            answers[name, direction] = configs.Answer(CONFIG, "", ms, where)
+
+        assert dispatch.choose(PROBLEM).backend is others["cuda"]
+        for name, forward, backward in (("cuda", 1.0, 9.0), ("triton", 2.0, 7.0), ("ptx", 0.5, 10.0)):
+            plant(name, "forward", forward)
+            plant(name, "backward", backward)
+        assert dispatch.choose(PROBLEM).backend is others["ptx"]
+        chosen = dispatch.choose_both(PROBLEM)
+        assert [choice.backend for choice in chosen] == [others["triton"]] * 2
+        assert chosen[0].asked_by == "automatic: 9 ms tuned, cuda 10"
+        plant("triton", "backward", 7.0, "elsewhere")
+        assert dispatch.choose_both(PROBLEM)[0].backend is others["cuda"]
+        del answers["cuda", "forward"]
+        assert dispatch.choose_both(PROBLEM)[0].backend is others["cuda"]
+    finally:
+        tuning.install()
+
+
+def test_a_miss_is_tuned_only_where_that_was_asked_for(monkeypatch):
+    from sbkernels.tuning import autotune
+
+    asked = []
+    done = dataclasses.make_dataclass("Done", [("returncode", int), ("stderr", str)])
+    monkeypatch.setattr(autotune.subprocess, "run", lambda command, **_: asked.append(command) or done(1, "no such luck"))
+    problem = dataclasses.replace(PROBLEM, queries=77, keys=77)
+    backend = registry.load("torch")
+    assert configs.resolve(backend, problem)[1] == "analytic default" and not asked
+    monkeypatch.setenv(env.AUTOTUNE, "1")
+    with pytest.warns(UserWarning, match="torch was not tuned for forward .* no such luck"):
+        configs.resolve(backend, problem)
+    configs.resolve(backend, problem)
+    assert len(asked) == 1 and Problem(**json.loads(asked[0][-1])) == problem
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="not in a job of several processes"):
+        configs.resolve(backend, problem.reversed())
+    monkeypatch.setenv(env.AUTOTUNE, "yes")
+    with pytest.raises(ValueError, match="neither 0 nor 1"):
+        configs.resolve(backend, problem)
+
+
+def test_answers_are_quick(planted):
+    """Prints microseconds; the warm answer is held to 1, the cold one to 1,000 (least of several)."""
+    for i in range(300):
+        planted(1.0 + i, problem=sized(256 + i))
+    lookup = planted.lookup()
+    begin = time.perf_counter()
+    lookup("torch", PROBLEM)
+    first = time.perf_counter() - begin
+    cold = []
+    for n in range(300, 330):
+        problem = sized(n)
+        begin = time.perf_counter()
+        lookup("torch", problem)
+        cold.append(time.perf_counter() - begin)
+    warm = min(timeit.repeat(lambda: lookup("torch", PROBLEM), number=10000, repeat=5)) / 10000
+    print(f"\nwarm {warm * 1e6:.2f} us, cold {min(cold) * 1e6:.0f} us; a process's first, database opened, {first * 1e3:.1f} ms")
+    assert warm <= 1e-6 and min(cold) <= 1e-3
+
+
+def test_neighbours_serve_well():
+    """Leaving one shape out of fully measured ones: how much slower what is served is than the best; printed."""
+    found = collections.defaultdict(list)
+    for space in replay.spaces(SPACES):
+        found[keys.canonical(space.problem["exact"])].append(space)
+    gpu = {"kind": "cuda", "capability": "9.0", "multiprocessors": 132}
+    regrets = []
+    for spaces in found.values():
+        for left_out in spaces:
+            rows = []
+            for space in spaces:
+                best = min((ms, keys.canonical(config), config) for ms, config in zip(space.ms, space.configs, strict=True) if ms)[
+                    2
+                ]
+                distance = octaves(space.problem["sizes"], left_out.problem["sizes"], gpu, gpu, best)
+                if space is not left_out and distance is not None:
+                    rows.append((distance, space.problem["sizes"]["keys"], best))
+            if rows:
+                served = min(rows, key=lambda row: row[:2])[2]
+                regrets.append(left_out.ms[left_out.configs.index(served)] / left_out.best - 1)
+    median, most = (replay.quantile(regrets, share) for share in (0.5, 0.95))
+    print(f"\n{len(regrets)} shapes served by neighbours: {median:.2%} slower than the best at the median, {most:.2%} at 95 %")
+    assert len(regrets) >= 10 and median <= 0.03 and most <= 0.10

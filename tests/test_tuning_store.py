@@ -71,10 +71,10 @@ def test_what_was_measured(tmp_path):
 
 def test_what_is_refused(tmp_path):
     with Store(tmp_path / "a.db") as database:
-        with pytest.raises(ValueError, match="status='fine': expected one of ok, wrong"):
+        with pytest.raises(ValueError, match="status='fine': expected one of ok, confirmed, wrong"):
             database.add(bodies(), "fine", 1.0)
-        for status, median in (("ok", None), ("hung", 1.0)):
-            with pytest.raises(ValueError, match="expected a median of trials that are ok, and of no others"):
+        for status, median in (("ok", None), ("confirmed", None), ("hung", 1.0)):
+            with pytest.raises(ValueError, match="expected one with ok and confirmed, with others none"):
                 database.add(bodies(), status, median)
         with pytest.raises(ValueError, match="expected machine, toolchain, kernel, problem, config"):
             database.add({"machine": {}}, "ok", 1.0)
@@ -210,3 +210,52 @@ def test_a_warm_answer_takes_no_scan(tmp_path):
         )
         assert "trial_of" in plan.fetchone()[3]
     assert store.SCHEMA == 1
+
+
+def test_databases_are_merged_pruned_and_checked(tmp_path):
+    with Store(tmp_path / "a.db") as one, Store(tmp_path / "b.db") as other:
+        one.add(bodies(1), "confirmed", 1.0, at="2")
+        other.add(bodies(1), "confirmed", 1.0, at="2")
+        other.add(bodies(2, kernel={"backend": "torch", "sources": "old"}), "ok", 2.0, at="1")
+        assert one.merge(other.path) == 1 and one.merge(other.path) == 0 and other.merge(one.path) == 0
+        assert one.text() == other.text() and one.faults() == []
+        assert [trial.median for trial in one.trials()] == [2.0, 1.0]
+        assert [trial.median for trial in one.trials(kernel=bodies()["kernel"])] == [1.0]
+        assert one.excerpt(("confirmed",)).count() == 1
+        assert one.prune([bodies()["kernel"]]) == 1 and one.count() == 1 and one.prune([bodies()["kernel"]]) == 0
+        assert one._connection.execute("SELECT count(*) FROM config").fetchone() == (1,)
+        one._connection.execute("UPDATE config SET body = '{}'")
+        one._connection.execute("UPDATE trial SET median = 0.5")
+        assert len(one.faults()) == 2
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """SQLite says that the disk is full: the message names the file, what was stored stays."""
+    with Store(tmp_path / "a.db") as database:
+        database.add(bodies(0), "ok", 1.0)
+        pages = database._connection.execute("PRAGMA page_count").fetchone()[0]
+        database._connection.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(OSError, match=r"cannot write the tuning database .*a\.db.*full"):
+            for i in range(1000):
+                database.add(bodies(i), "ok", 1.0, padding="x" * 1000)
+        count = database.count()
+        database._connection.execute("PRAGMA max_page_count = 1000000")
+        database.add(bodies(5000), "ok", 1.0)
+        assert database.count() == count + 1 and database.faults() == []
+
+
+def test_a_read_only_database_is_read(tmp_path):
+    with Store(tmp_path / "a.db") as database:
+        database.add(bodies(), "ok", 1.0)
+    with Store(tmp_path / "a.db", writable=False) as database:
+        assert database.count() == 1
+        with pytest.raises(OSError, match="cannot write the tuning database"):
+            database.add(bodies(2), "ok", 1.0)
+
+
+def test_network_file_systems_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "file_system", lambda path: "nfs4")
+    with pytest.raises(OSError, match=r"on a network file system \(nfs4\).*sbk db merge"):
+        Store(tmp_path / "a.db")
+    monkeypatch.undo()
+    assert store.file_system(tmp_path) not in ("", "nfs4")

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 from .. import registry
+from ..config import Answer
 from ..problem import Problem
 from . import keys
 from .store import Row, Store
@@ -30,57 +31,68 @@ class Lookup:
 
     def __init__(self, open_stores: Callable[[], list[tuple[str, Store]]]):
         self._open_stores = open_stores
-        self._answers: dict[tuple[str, Problem], tuple[dict, str] | None] = {}
-        self._rows: dict[tuple[str, str], list[tuple[int, str, Row]]] = {}
+        self._answers: dict[tuple[str, Problem, object], Answer | None] = {}
+        self._rows: dict[tuple[str, str], dict[str, list[tuple[int, str, Row]]]] = {}
 
-    def __call__(self, backend: str, problem: Problem) -> tuple[dict, str] | None:
-        """A config, and its tier, distance and origin in words, for a backend's name and a problem; None where no row serves."""
-        loaded = registry.load(backend)
-        if problem.empty or not problem.keys or not self._served(loaded, problem.direction):
+    def __call__(self, backend: str, problem: Problem, goes_with=None) -> Answer | None:
+        """For a backend's name and a problem, and with the other direction's config; None where no row serves."""
+        key = backend, problem, goes_with
+        try:
+            return self._answers[key]
+        except KeyError:
+            pass
+        if len(self._answers) >= ANSWERS_KEPT:
+            self._answers.clear()
+        self._answers[key] = answer = self._find(registry.load(backend), problem, goes_with)
+        return answer
+
+    def _find(self, backend, problem: Problem, goes_with) -> Answer | None:
+        if problem.empty or not problem.keys or not self._served(backend, problem.direction):
             return None
-        key = backend, problem
-        if key not in self._answers:
-            if len(self._answers) >= ANSWERS_KEPT:
-                self._answers.clear()
-            self._answers[key] = self._find(loaded, problem)
-        return self._answers[key]
-
-    def _find(self, backend, problem: Problem) -> tuple[dict, str] | None:
         wanted, here = keys.problem(problem), keys.machine(problem.device)
         machine, toolchain = keys.digest(here), keys.digest(keys.toolchain(backend, problem.device))
-        alike = [each for each in self._served(backend, problem.direction) if each[2].problem["exact"] == wanted["exact"]]
-        broken = {keys.digest(row.config) for _, _, row in alike if row.broken}
+        alike = self._served(backend, problem.direction).get(keys.canonical(wanted["exact"]), ())
+        broken = {row.config_id for _, _, row in alike if row.broken}
         ranked = []
         for place, origin, row in alike:
-            sizes, config = row.problem["sizes"], keys.digest(row.config)
+            if row.confirmed is None or row.config_id in broken:
+                continue
+            sizes = row.problem["sizes"]
             distance = octaves(sizes, wanted["sizes"], row.machine, here, row.config)
-            at_hand = row.machine_id == machine or same_architecture(row.machine, here)
-            if row.ms is None or config in broken or distance is None or not at_hand:
+            if distance is None or not (row.machine_id == machine or same_architecture(row.machine, here)):
                 continue
             elsewhere = 2 if row.machine_id != machine else 1 if row.toolchain_id != toolchain else 0
             tier = 2 * elsewhere + (sizes != wanted["sizes"])
             tails = sum((sizes[name] % TAIL == 0) != (wanted["sizes"][name] % TAIL == 0) for name in ("queries", "keys"))
-            order = (tier, tails, distance, place, math.prod(sizes.values()), row.ms, config)
+            order = (tier, tails, distance, place, math.prod(sizes.values()), row.confirmed, row.config_id)
             ranked.append((order, origin, row))
         for (tier, _, distance, *_), origin, row in sorted(ranked, key=lambda each: each[0]):
             chosen = make(backend.config_types[problem.direction], row.config)
-            if chosen is not None and backend.illegal(problem, chosen) is None:
-                sizes = "{heads} heads, M={queries} N={keys}".format(**row.problem["sizes"])
-                what = f"tuned for {sizes}, {distance:.1f} octaves off" if tier % 2 else "tuned"
-                where = ("", "with another toolchain", f"on {row.machine['name']}")[tier // 2]
-                return row.config, ", ".join(filter(None, (what, where, origin)))
+            if chosen is None or backend.illegal(problem, chosen) is not None or not together(backend, problem, chosen, goes_with):
+                continue
+            sizes = "{heads} heads, M={queries} N={keys}".format(**row.problem["sizes"])
+            what = f"tuned for {sizes}, {distance:.1f} octaves off" if tier % 2 else "tuned"
+            where = ("", "with another toolchain", f"on {row.machine['name']}")[tier // 2]
+            measured_on = f"{row.machine_id} {sizes}"
+            return Answer(row.config, ", ".join(filter(None, (what, where, origin))), row.confirmed, measured_on)
         return None
 
-    def _served(self, backend, direction: str) -> list[tuple[int, str, Row]]:
-        """(place among the databases, its name, row) of all that was measured of a backend's kernels."""
+    def _served(self, backend, direction: str) -> dict[str, list[tuple[int, str, Row]]]:
+        """(place among the databases, its name, row) of all that was measured of a backend's kernels, by what has to match."""
         key = backend.name, direction
         if key not in self._rows:
-            rows = []
+            rows = self._rows[key] = {}
             for place, (origin, store) in enumerate(self._open_stores()):
                 with store:
-                    rows += [(place, origin, row) for row in store.measured(keys.kernel(backend, direction))]
-            self._rows[key] = rows
+                    for row in store.measured(keys.kernel(backend, direction)):
+                        rows.setdefault(keys.canonical(row.problem["exact"]), []).append((place, origin, row))
         return self._rows[key]
+
+
+def together(backend, problem: Problem, config, other) -> bool:
+    """Whether a config of the problem's direction goes with one of the other direction; None goes with all."""
+    pair = (config, other) if problem.direction == "forward" else (other, config)
+    return other is None or backend.mismatch(*pair) is None
 
 
 def make(config_type, values: dict):

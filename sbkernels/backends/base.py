@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -42,6 +43,20 @@ class Call(NamedTuple):
     def empty_statistic(self, dtype=torch.float32) -> torch.Tensor:
         """One number per query row: [B, H, M], contiguous."""
         return allocate(self.q.shape[:3], self.q, dtype)
+
+
+def described_call(problem: Problem) -> Call:
+    """A call of dense tensors that have shapes and strides but no memory, for what needs no more."""
+    batch, queries, keys = (1, problem.tokens, problem.tokens) if problem.varlen else (problem.batch, problem.queries, problem.keys)
+    shapes = ((problem.heads, queries, problem.head_dim), (problem.kv_heads, keys, problem.head_dim),
+              (problem.kv_heads, keys, problem.value_dim))  # fmt: skip
+    make = functools.partial(torch.empty, dtype=problem.torch_dtype, device="meta")
+    if problem.layout == "bhnd":
+        tensors = [make(batch, heads, rows, width) for heads, rows, width in shapes]
+    else:
+        tensors = [make(batch, rows, heads, width).transpose(1, 2) for heads, rows, width in shapes]
+    cu_seqlens = torch.empty(problem.batch + 1, dtype=torch.int32, device="meta") if problem.varlen else None
+    return Call(problem, *tensors, 1.0, float(problem.skip), cu_seqlens)
 
 
 _guarded: list[torch.Tensor] | None = None
@@ -85,6 +100,7 @@ class Backend:
 
     name: ClassVar[str]
     config_types: ClassVar[dict[str, type]]  # "forward" and "backward"
+    compiles: ClassVar[bool] = False  # whether `compile` has anything to do
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this backend cannot run the problem on this machine, in words; None if it can."""
@@ -124,6 +140,12 @@ class Backend:
     def config_space(self, problem: Problem):
         """All configs worth looking at, legal or not."""
         raise NotImplementedError
+
+    def compile(self, problem: Problem, config) -> None:
+        """Compile what a config needs for a problem into a cache on disk, where that is done at run time; needs no inputs.
+
+        Raises what the compiler does.
+        """
 
     def forward(self, call: Call, config) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         """out [B, H, M, Dv], remainder [B, H, M], and what backward wants saved; where not call.saves, that is not looked at."""

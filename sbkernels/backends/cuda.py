@@ -49,6 +49,10 @@ class CudaBackend(KernelBackend):
             return config
         return super().default_config(problem)
 
+    def config_space(self, problem: Problem):
+        hopper_config = _hopper_config(compiled_width(problem), problem.direction)
+        return [*filter(None, [hopper_config]), *super().config_space(problem)]
+
     def variants(self, problem: Problem):
         return {} if self.unsupported(problem) else {"portable": super().default_config(problem)}
 

@@ -39,6 +39,7 @@ WIDE = 128  # head dims beyond leave no registers for dk and dv of whole rows: t
 
 class PtxBackend(KernelBackend):
     name = "ptx"
+    compiles = True
 
     def shared_bytes(self, problem: Problem, kernel: str, config):
         options = config.of(kernel)
@@ -62,6 +63,10 @@ class PtxBackend(KernelBackend):
 
     def sources(self):
         return [__file__, nvrtc.__file__, *super().sources()]
+
+    def compile(self, problem: Problem, config) -> None:
+        for kernel in launches.KERNELS[problem.direction]:
+            compiled(kernel, problem.dtype, _widths(problem), config, _arch(problem.device))
 
     def kernel(self, call: Call, kernel: str, config):
         """The loaded kernel, its threads, and its bytes of shared memory."""
@@ -88,9 +93,12 @@ def compiled(kernel: str, dtype: str, widths: tuple[int, int], config, arch: str
     return nvrtc.compile_cubin(SOURCE, (name,), arch, OPTIONS, device_headers()), name
 
 
+def _arch(device) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 @functools.cache
 def _function(kernel: str, dtype: str, widths: tuple[int, int], config, device: int):
     """The loaded kernel."""
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin, name = compiled(kernel, dtype, widths, config, arch)
+    cubin, name = compiled(kernel, dtype, widths, config, _arch(device))
     return nvrtc.load(cubin, device)[name]

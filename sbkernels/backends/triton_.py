@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 
@@ -26,7 +27,7 @@ from ..triton_kernels.backward_keys import backward_keys_kernel
 from ..triton_kernels.backward_queries import backward_queries_kernel
 from ..triton_kernels.forward import forward_kernel
 from . import triton_configs
-from .base import Backend, Call, allocate
+from .base import Backend, Call, allocate, described_call
 from .triton_configs import TritonBackward, TritonForward, default_config, interpreting
 
 MIN_CAPABILITY = (8, 0)
@@ -50,9 +51,14 @@ class Launch:
         if self.programs:
             self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
+    def compile(self) -> None:
+        """What run() would compile; tensors may be on the meta device."""
+        self.kernel.warmup(**self.arguments, grid=(self.programs,), num_warps=self.num_warps, num_stages=self.num_stages)
+
 
 class TritonBackend(Backend):
     name = "triton"
+    compiles = True
     config_types = {"forward": TritonForward, "backward": TritonBackward}
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -103,13 +109,13 @@ class TritonBackend(Backend):
         return None
 
     def config_space(self, problem: Problem):
-        stages, blocks = (2, 3, 4), [(64, 32), (64, 64), (128, 32), (128, 64)]
-        for block_m, block_n in blocks:
-            for warps in (4, 8):
-                if problem.direction == "forward":
-                    yield from (TritonForward(block_m, block_n, warps, s) for s in stages)
-                else:
-                    yield from (TritonBackward(block_m, block_n, warps, a, warps, b) for a in stages for b in stages)
+        flags = (False, True)
+        for (block_m, block_n), warps in itertools.product([(64, 32), (64, 64), (128, 32), (128, 64)], (4, 8)):
+            if problem.direction == "forward":
+                yield from (TritonForward(block_m, block_n, warps, stages) for stages in (2, 3, 4))
+            else:
+                for queries, keys, recompute, transposed in itertools.product((2, 3), (2, 3), flags, flags):
+                    yield TritonBackward(block_m, block_n, warps, queries, warps, keys, recompute, transposed)
 
     def versions(self):
         return {"triton": triton.__version__ + (" (interpreter)" if interpreting() else "")}
@@ -117,6 +123,20 @@ class TritonBackend(Backend):
     def sources(self):
         folder = pathlib.Path(step.__file__).parent
         return [__file__, triton_configs.__file__, *sorted(str(path) for path in folder.glob("*.py"))]
+
+    def compile(self, problem: Problem, config) -> None:
+        if interpreting():
+            return
+        call = described_call(problem)
+        out, remainder = call.empty_out(), call.empty_statistic()
+        saved = (call.empty_statistic(torch.int32), call.empty_statistic())
+        with torch.cuda.device(problem.device):
+            if problem.direction == "forward":
+                plan_forward(call, config, out, remainder, *saved).compile()
+                return
+            gradients = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
+            for launch in plan_backward(call, config, remainder, *saved, out, remainder, *gradients):
+                launch.compile()
 
     def forward(self, call: Call, config: TritonForward):
         out, remainder = call.empty_out(), call.empty_statistic()

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import reference
-from ..api import stickbreaking_attention, stickbreaking_attention_varlen
+from ..api import stickbreaking_attention
 from ..verify import inputs, tolerance
-from ..verify.run import SKIP_BELOW, attend, expectation, judge, problem_of, variant_of, why_not
+from ..verify.calls import passes
+from ..verify.run import attend, expectation, judge, problem_of, variant_of, why_not
 from .timer import measure, measure_host
 
 CAPTURED = pathlib.Path(__file__).resolve().parents[2] / "tests" / "data" / "captured_qkv.safetensors"
@@ -181,25 +182,14 @@ def errors(problem: Problem, got: tuple[torch.Tensor, ...], cache: dict) -> list
 def contenders(x: inputs.Inputs, backend, variant: str):
     """{direction: function} of one backend on dense or varlen inputs, with autograd's graph built outside of the timing."""
     problem = problem_of(x)
-    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
-    options = {"attend_current": x.case.attend_current, "skip_below": SKIP_BELOW if x.case.skip else 0.0}
+    with variant_of(backend, variant, problem):
+        functions = passes(x)
 
-    def call(q, k, v):
+    def forward():
         with variant_of(backend, variant, problem):
-            if x.case.lengths:
-                flat = [t[0].transpose(0, 1) for t in (q, k, v)]
-                return stickbreaking_attention_varlen(*flat, x.cu_seqlens, max(x.case.lengths), **options, check_seqlens=False)
-            return stickbreaking_attention(q, k, v, **options)
+            return functions["forward"]()
 
-    outputs = call(*leaves)
-    if x.case.lengths:
-        upstream = (x.dout[0].transpose(0, 1), x.dremainder[0].transpose(0, 1))
-    else:
-        upstream = (x.dout, x.dremainder)
-    return {
-        "forward": lambda: call(x.q, x.k, x.v),
-        "backward": lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True),
-    }
+    return functions | {"forward": forward}
 
 
 def softmax_contenders(x: inputs.Inputs) -> dict[str, dict]:

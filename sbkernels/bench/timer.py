@@ -57,6 +57,14 @@ def _cpu_sample(function: Callable, _flush) -> float:
     return (time.perf_counter_ns() - begin) / 1e6
 
 
+def sampler(device: str) -> Callable[[Callable], float]:
+    """A function that times one call of an argument-less function, in milliseconds, after the L2 of a GPU was evicted."""
+    if not device.startswith("cuda"):
+        return lambda function: _cpu_sample(function, None)
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
+    return lambda function: _cuda_sample(function, flush)
+
+
 def measure_host(contenders: dict[str, Callable], device: str) -> dict[str, float]:
     """Microseconds until an argument-less function returns that enqueues little work on a CUDA device; by name, called in turns.
 
@@ -79,18 +87,15 @@ def measure(contenders: dict[str, Callable], device: str) -> dict[str, Timing]:
     """Time argument-less functions in turns on one device; by name."""
     if not contenders:
         return {}
-    on_gpu = device.startswith("cuda")
-    flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device) if on_gpu else None
-    sample = _cuda_sample if on_gpu else _cpu_sample
-    cost = {}
+    sample, cost = sampler(device), {}
     for name, function in contenders.items():
-        for _ in range(WARMUP_CALLS if on_gpu else 1):
-            sample(function, flush)
-        cost[name] = sample(function, flush)
+        for _ in range(WARMUP_CALLS if device.startswith("cuda") else 1):
+            sample(function)
+        cost[name] = sample(function)
     rounds = {name: round(min(MAX_SAMPLES, max(MIN_SAMPLES, TARGET_SECONDS / max(ms / 1e3, 1e-9)))) for name, ms in cost.items()}
     samples = {name: [] for name in contenders}
     for turn in range(max(rounds.values())):
         for name, function in contenders.items():
             if turn < rounds[name]:
-                samples[name].append(sample(function, flush))
+                samples[name].append(sample(function))
     return {name: Timing(tuple(values)) for name, values in samples.items()}

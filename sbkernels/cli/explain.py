@@ -63,7 +63,7 @@ def explain(arguments) -> int:
         layout="thd" if arguments.varlen else "bhnd", varlen=arguments.varlen,
         tokens=arguments.batch * arguments.keys if arguments.varlen else 0, attend_current=arguments.attend_current,
     )  # fmt: skip
-    choices = dispatch.agree(problem, *(dispatch.choose(p, arguments.backend) for p in (problem, problem.reversed())))
+    choices = dispatch.choose_both(problem, arguments.backend)
     for p, choice in zip((problem, problem.reversed()), choices, strict=True):
         out.print(f"[bold]{escape(str(p))}[/bold]")
         out.print(f"  backend {choice.backend.name} (asked for by: {choice.asked_by})")
@@ -72,6 +72,12 @@ def explain(arguments) -> int:
     for name, reason in dispatch.reasons(problem).items():
         if name != choices[0].backend.name:
             backend, _ = registry.try_load(name)
-            reason = reason or backend.slow(problem) or "can run it; comes later in the order of preference"
+            reason = reason or backend.slow(problem) or also_runs(backend, problem)
             out.print(f"  not {name}: {escape(reason)}")
     return 0
+
+
+def also_runs(backend, problem: Problem) -> str:
+    """What there is to say of a backend that was not chosen although it can run a problem."""
+    tuned = dispatch.tuned_ms(backend, (problem, problem.reversed()))
+    return "can run it; comes later in the order of preference" if tuned is None else f"can run it: {tuned[0]:.4g} ms tuned"

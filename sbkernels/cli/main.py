@@ -53,9 +53,26 @@ def parser() -> argparse.ArgumentParser:
         "--check-record", nargs="*", metavar="FILE", help="only say whether records describe the present sources; default: all"
     )
 
-    db = commands.add_parser("db", help="the tuning database: what is in it, export, import")
-    db.add_argument("action", choices=("show", "export", "import"))
-    db.add_argument("files", nargs="*", metavar="FILE", help="export: where to; import: exports to take in")
+    tune = commands.add_parser("tune", help="find the fastest configs for this machine and keep them in the tuning database")
+    tune.add_argument("--set", help="problems: training (default on a GPU) or small (default on a CPU)")
+    tune.add_argument("--shape", action="append", metavar="B,H,N,D", help="this problem instead (repeatable); H/Hk, M/N, D/Dv")
+    tune.add_argument("--dtype", help="of --shape; default: bfloat16, float32 on a CPU")
+    tune.add_argument("--attend-current", action="store_true", help="of --shape")
+    tune.add_argument("--no-skip", action="store_true", help="of --shape: without early stop (skip_below=0)")
+    tune.add_argument("--direction", choices=("forward", "backward", "both"), default="both")
+    tune.add_argument("--backend", action="append", help="only this backend (repeatable)")
+    tune.add_argument("--budget", type=float, metavar="SECONDS", help="of wall time for all; default: until all was tried")
+    tune.add_argument("--strategy", choices=("exhaustive", "random", "guided"), default="exhaustive")
+    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument("--gpus", metavar="all", help="every GPU of this machine, each with its own worker, on one database")
+    tune.add_argument("--processes", type=int, metavar="N", help="that compile; default: as many as there are processors")
+    tune.add_argument("--db", metavar="FILE", help="the database; default: SBKERNELS_TUNING_DB")
+    tune.add_argument("--replay", metavar="FILE", help="only try the strategies on the full measurements of a database or export")
+
+    db = commands.add_parser("db", help="the tuning database: what is in it, from file to file, its health")
+    db.add_argument("action", choices=("show", "history", "check", "export", "import", "merge", "prune"))
+    db.add_argument("files", nargs="*", metavar="FILE", help="export: where to; import: exports; merge: other databases")
+    db.add_argument("--only", choices=("served", "medians"), help="export without samples: what lookups need, or all trials")
     db.add_argument("--db", metavar="FILE", help="the database; default: SBKERNELS_TUNING_DB")
 
     softplus = commands.add_parser("softplus", help="errors and throughput of each variant of softplus2 and of 1 - beta")
@@ -73,11 +90,11 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, stderr=True)
     try:
         arguments.device = arguments.device or default_device()
-        from . import compare, db, explain, softplus, verify
+        from . import compare, db, explain, softplus, tune, verify
 
         commands = {
             "info": explain.info, "explain": explain.explain, "compare": compare.compare, "verify": verify.verify,
-            "softplus": softplus.softplus, "db": db.db,
+            "softplus": softplus.softplus, "db": db.db, "tune": tune.command,
         }  # fmt: skip
         return commands[arguments.command](arguments)
     except KeyboardInterrupt:

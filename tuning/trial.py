@@ -1,0 +1,301 @@
+"""What a tuning worker does with a config, in a process of its own: compile it, hold it against float64, time it.
+
+A Subject names what is worked on by plain values, so that it goes from process to process. A forward config is held together with
+a backward config that goes with it, and the other way round: what a forward saves is its backward's to read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+
+from .. import registry
+from ..bench import timer
+from ..config import to_dict
+from ..dispatch import use_backend
+from ..problem import Problem
+from ..verify import inputs, tolerance
+from ..verify.calls import passes
+from ..verify.run import SKIP_BELOW, attend, expectation, judge
+from . import lookup
+
+# Lengths configs are verified at: ragged tails of any tile; the even one only of configs that take no other. Tails of the same
+# kind, so that kernels that are compiled for what lengths are divisible by are compiled for few.
+LENGTHS, EVEN_LENGTH = (193, 130, 77), 256
+SPOT = 64  # query rows that are checked at one place of the timed problem
+WHOLE_LOGITS = 2**24  # of a head: up to here all rows and keys of the timed problem are checked, in two places
+TURN_MS = 500.0  # after which no further sample is taken in a turn
+DRAWN = 0  # seed of the inputs that are timed
+
+
+class Subject(NamedTuple):
+    """A config (its fields by name) of a backend, on a problem whose direction it is for."""
+
+    backend: str
+    problem: Problem
+    config: tuple[tuple[str, object], ...]
+
+
+class Result(NamedTuple):
+    """What came of it: a status of store.STATUSES, words where it is not "ok", and values by name."""
+
+    status: str
+    why: str = ""
+    values: dict = {}
+
+
+class NoPartner(ValueError):
+    """No config of the other direction goes with one."""
+
+
+def work(item: tuple[str, Subject, object], state: dict) -> Result:
+    """Do one of ACTIONS with a subject; what it raises becomes its status."""
+    action, subject, argument = item
+    try:
+        return ACTIONS[action](subject, argument)
+    except torch.OutOfMemoryError as error:
+        release()
+        return Result("out of memory", str(error).splitlines()[0])
+    except NoPartner as error:
+        return Result("illegal", str(error))
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}".strip()[:500]
+        return Result("not compiled" if action == "compile" or too_large(error) else "crashed", words)
+
+
+def too_large(error: Exception) -> bool:
+    """Whether a kernel could not be launched for what it takes; Triton finds out at its first launch."""
+    return type(error).__name__ in ("OutOfResources", "CompileError", "CompilationError", "PTXASError")
+
+
+def release() -> None:
+    """Give back what inputs were kept and memory cached."""
+    timed_inputs.cache_clear()
+    spots.cache_clear()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def both_configs(subject: Subject) -> tuple[object, object, object]:
+    """(backend, forward config, backward config) with the subject's as one of the two. NoPartner if none goes with it."""
+    backend = registry.load(subject.backend)
+    problem = subject.problem
+    config = lookup.make(backend.config_types[problem.direction], dict(subject.config))
+    is_forward = problem.direction == "forward"
+    other = dataclasses.replace(problem, direction="backward" if is_forward else "forward")
+    for partner in itertools.chain([backend.default_config(other)], backend.config_space(other)):
+        if backend.illegal(other, partner) is None and lookup.together(backend, problem, config, partner):
+            return (backend, config, partner) if is_forward else (backend, partner, config)
+    raise NoPartner(f"no {other.direction} config goes with it")
+
+
+def case_of(problem: Problem, seed: int, keys: int | None = None) -> inputs.Case:
+    """The harness's case of a problem, or of one like it with `keys` keys, two batch entries and at most two key heads.
+
+    Logits are such that a share of the stick lasts to the oldest key, so that an early stop leaves nothing out.
+    """
+    heads, queries, batch = problem.heads, problem.queries, problem.batch
+    lengths = sequences(problem)
+    if keys is not None:
+        heads = min(problem.kv_heads, 2) * problem.group
+        queries = keys if problem.queries == problem.keys else min(problem.queries, 65, keys)
+        batch, lengths = 2, (keys, 0, 1, keys // 2) if problem.varlen else ()
+    return inputs.Case(
+        "critical", batch, heads, heads // problem.group, queries, keys or problem.keys, problem.head_dim, problem.value_dim,
+        "bnhd" if problem.layout == "bnhd" else "bhnd", problem.attend_current, problem.skip, lengths, seed,
+    )  # fmt: skip
+
+
+def sequences(problem: Problem) -> tuple[int, ...]:
+    """Lengths of a varlen problem: the longest, and the other tokens shared out evenly; none of a dense problem."""
+    if not problem.varlen:
+        return ()
+    rest, others = problem.tokens - problem.keys, problem.batch - 1
+    return problem.keys, *(rest // others + (i < rest % others) for i in range(others))
+
+
+@functools.lru_cache(maxsize=1)
+def timed_inputs(problem: Problem) -> inputs.Inputs:
+    """The inputs a forward problem is timed on."""
+    return inputs.make(case_of(problem, DRAWN), problem.torch_dtype, problem.device)
+
+
+@functools.lru_cache(maxsize=2 * len(LENGTHS))
+def small_inputs(problem: Problem, keys: int, seed: int):
+    """Inputs like a forward problem's with `keys` keys, and what is expected of them."""
+    x = inputs.make(case_of(problem, seed, keys), problem.torch_dtype, problem.device)
+    return x, expectation(x)
+
+
+def forward_of(problem: Problem) -> Problem:
+    """The problem in its forward direction."""
+    return dataclasses.replace(problem, direction="forward")
+
+
+def compile_one(subject: Subject, _) -> Result:
+    """Compile a config for its problem alone."""
+    backend = registry.load(subject.backend)
+    backend.compile(subject.problem, lookup.make(backend.config_types[subject.problem.direction], dict(subject.config)))
+    return Result("ok")
+
+
+def compiled_parts(subject: Subject) -> list[Subject]:
+    """All that has to be compiled before a subject is verified and timed: both passes, on small problems and the timed one.
+
+    NoPartner as both_configs.
+    """
+    backend, *configs = both_configs(subject)
+    problem = forward_of(subject.problem)
+    found = []
+    for forward in (problem, *(small_problem(problem, keys) for keys in lengths(backend, problem, configs))):
+        for p, config in zip((forward, forward.reversed()), configs, strict=True):
+            if backend.illegal(p, config) is None:
+                found.append(Subject(subject.backend, p, tuple(to_dict(config).items())))
+    return found
+
+
+def lengths(backend, problem: Problem, configs) -> list[int]:
+    """The LENGTHS at which both configs are legal; the even one where there is none."""
+
+    def legal(keys: int) -> bool:
+        small = small_problem(problem, keys)
+        return all(backend.illegal(p, config) is None for p, config in zip((small, small.reversed()), configs, strict=True))
+
+    return [keys for keys in LENGTHS if legal(keys)] or [keys for keys in (EVEN_LENGTH,) if legal(keys)]
+
+
+def small_problem(problem: Problem, keys: int) -> Problem:
+    """The forward problem that small_inputs makes."""
+    case = case_of(problem, 0, keys)
+    total = sum(case.lengths)
+    return dataclasses.replace(
+        problem, batch=len(case.lengths) or case.B, heads=case.H, kv_heads=case.Hk, tokens=total,
+        queries=max(case.lengths) if total else case.M, keys=keys,
+    )  # fmt: skip
+
+
+def verify(subject: Subject, seed: int) -> Result:
+    """Hold both passes against float64 at LENGTHS, with poisoned outputs; "wrong" with the worst finding where they differ."""
+    backend, *configs = both_configs(subject)
+    problem, worst = forward_of(subject.problem), 0.0
+    for keys in lengths(backend, problem, configs):
+        x, expected = small_inputs(problem, keys, seed)
+        result = verdict(lambda x=x, expected=expected: judge(fresh(x), expected), backend, configs, f"N={keys}")
+        if result.status != "ok":
+            return result
+        worst = max(worst, result.values["worst"])
+    return Result("ok", values={"worst": worst})
+
+
+def fresh(x: inputs.Inputs) -> tuple[torch.Tensor, ...]:
+    """All results for x, right after others of the same shapes: an answer to an earlier call would be seen."""
+    attend(dataclasses.replace(x, v=-x.v, dout=-2 * x.dout))
+    return attend(x)
+
+
+def check(subject: Subject, _) -> Result:
+    """Hold both passes of the timed problem against float64 in places; "wrong" as in verify."""
+    backend, *configs = both_configs(subject)
+    problem = forward_of(subject.problem)
+    return verdict(lambda: judge_spots(problem, fresh(timed_inputs(problem))), backend, configs, "the timed problem")
+
+
+def verdict(findings, backend, configs, where: str) -> Result:
+    """The Result of what an argument-less function finds with both configs in use."""
+    try:
+        with use_backend(backend.name, forward=configs[0], backward=configs[1]):
+            found = findings()
+    except RuntimeError as error:
+        if "a kernel wrote" not in str(error):  # guarded_outputs
+            raise
+        return Result("wrong", f"{where}: {error}")
+    bad = [f"{f.output} at {f.ratio:.3g} of its bound ({f.where})" for f in found if not f.ok]
+    if bad:
+        return Result("wrong", f"{where}: {'; '.join(bad)}")
+    return Result("ok", values={"worst": max((f.ratio for f in found), default=0.0)})
+
+
+class Spot(NamedTuple):
+    """A small problem within a timed one: where its rows and keys lie, how many of its newest keys it decides, what is expected."""
+
+    rows: tuple[slice, slice, slice]
+    keys: tuple[slice, slice, slice]
+    newest: int
+    expected: tolerance.Expected
+
+
+@functools.lru_cache(maxsize=1)
+def spots(problem: Problem) -> list[Spot]:
+    """Places of a timed problem: rows at the end and in the middle, in the first and the last group of heads.
+
+    Rows of out, remainder and dq follow from their own queries and all older keys, dk and dv of the newest keys from the newest
+    queries. Of small problems the rows at the end are all there are.
+    """
+    x = timed_inputs(problem)
+    group, (first, last) = x.q.shape[1] // x.k.shape[1], spans(x)
+    found = []
+    for b, kv_head, (start, end) in sorted({(0, 0, first), (x.q.shape[0] - 1, x.k.shape[1] - 1, last)}):
+        heads, kv_heads = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
+        M, offset = (x.q.shape[2], 0) if x.cu_seqlens is None else (end - start, start)
+        size = M if M * (end - start) <= WHOLE_LOGITS else SPOT
+        for last_row in {M, max(1, M // 2)} if size < M else {M}:
+            first_row = max(0, last_row - size)
+            rows = (slice(b, b + 1), heads, slice(offset + first_row, offset + last_row))
+            keys = (slice(b, b + 1), kv_heads, slice(start, end - M + last_row))
+            expected = tolerance.expect(
+                x.q[rows], x.k[keys], x.v[keys], x.dout[rows], x.dremainder[rows],
+                attend_current=x.case.attend_current, skip_below=SKIP_BELOW if x.case.skip else 0.0,
+            )  # fmt: skip
+            # With fewer queries than keys the oldest keys are decided by the first row on, too.
+            newest = 0 if last_row < M else end - start if first_row == 0 else size
+            found.append(Spot(rows, keys, newest, expected))
+    return found
+
+
+def judge_spots(problem: Problem, got) -> list[tolerance.Finding]:
+    """Findings of all spots."""
+    out, remainder, dq, dk, dv = got
+    found = []
+    for spot in spots(problem):
+        for name, tensor in (("out", out), ("remainder", remainder), ("dq", dq)):
+            found.append(tolerance.compare(tensor[spot.rows], spot.expected, name))
+        if spot.newest:
+            part = {kind: {name: t[:, :, -spot.newest :] for name, t in getattr(spot.expected, kind).items()} for kind in KINDS}
+            for name, tensor in (("dk", dk), ("dv", dv)):
+                found.append(
+                    tolerance.compare(tensor[spot.keys][:, :, -spot.newest :], dataclasses.replace(spot.expected, **part), name)
+                )
+    return found
+
+
+KINDS = ("reference", "baseline", "floor")  # of tolerance.Expected
+
+
+def spans(x: inputs.Inputs) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(first, last key) of the first and of the last sequence that has any."""
+    bounds = [0, x.k.shape[2]] if x.cu_seqlens is None else x.cu_seqlens.tolist()
+    filled = [(begin, end) for begin, end in itertools.pairwise(bounds) if end > begin]
+    return filled[0], filled[-1]
+
+
+def time(subject: Subject, count: int) -> Result:
+    """Up to `count` samples in milliseconds, fewer where they take long, after one call that is not timed."""
+    backend, forward, backward = both_configs(subject)
+    x = timed_inputs(forward_of(subject.problem))
+    with use_backend(backend.name, forward=forward, backward=backward):
+        function = passes(x)[subject.problem.direction]
+        sample, samples = sampler(subject.problem.device), []
+        sample(function)
+        while not samples or (len(samples) < count and sum(samples) < TURN_MS):
+            samples.append(sample(function))
+        return Result("ok", values={"samples": samples})
+
+
+sampler = functools.cache(timer.sampler)
+
+
+ACTIONS = {"compile": compile_one, "verify": verify, "check": check, "time": time}

@@ -1,0 +1,102 @@
+"""A tuning run: problems by backends, over the devices there are, on one database."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .. import registry
+from ..problem import Problem
+from .benches import Compilers, Killable
+from .store import Store
+from .tuner import Clock, Outcome, Session, Tuner
+
+DIRECTIONS = ("forward", "backward")
+
+
+class Task(NamedTuple):
+    """A backend's name and the problem, of one direction, that it is tuned for."""
+
+    backend: str
+    problem: Problem
+
+
+def tasks(
+    problems: list[Problem], backends: tuple[str, ...], directions=("forward", "backward")
+) -> tuple[list[Task], dict[str, str]]:
+    """What there is to tune of forward problems, and {backend: why not} of backends that run none of them fast."""
+    found, missing = [], {}
+    for name in backends:
+        backend, reason = registry.try_load(name)
+        for problem in problems if reason is None else ():
+            both = {"forward": problem, "backward": problem.reversed()}
+            for direction in directions:
+                reason = backend.unsupported(both[direction]) or backend.slow(both[direction])
+                if reason is None:
+                    found.append(Task(name, both[direction]))
+        if not any(task.backend == name for task in found):
+            missing[name] = reason
+    return found, missing
+
+
+def tune(
+    wanted: list[Task], database: pathlib.Path, session: Session, devices: list[str], *,
+    processes: int | None = None, started: Callable = lambda task: None, advanced: Callable = lambda outcome: None,
+) -> list[Outcome]:  # fmt: skip
+    """Tune all tasks, one at a time on each device; outcomes in the order in which they were done.
+
+    Each task gets an equal share of what is left of the budget. processes: that compile ahead, by default as many as there are
+    processors. started(task) and advanced(outcome), after each trial, are called from the devices' threads. KeyboardInterrupt ends
+    all after the trials under way. OSError where the database cannot be written, RuntimeError for one of a later version.
+    """
+    clock, waiting, outcomes = Clock(session.seconds), queue.SimpleQueue(), []
+    for task in wanted:
+        waiting.put(task)
+    failures = []
+
+    def work(device: str) -> None:
+        try:
+            with Store(database) as store, contextlib.ExitStack() as stack:
+                bench, compilers = stack.enter_context(Killable()), None
+                while clock.left() > 0:
+                    try:
+                        task = waiting.get_nowait()
+                    except queue.Empty:
+                        return
+                    backend = registry.load(task.backend)
+                    if backend.compiles and compilers is None:
+                        compilers = stack.enter_context(Compilers(processes or max(1, (os.cpu_count() or 1) // len(devices))))
+                    started(task)
+                    problem = dataclasses.replace(task.problem, device=device)
+                    share = clock.part(min(1.0, len(devices) / (waiting.qsize() + 1)))
+                    tuner = Tuner(
+                        backend, problem, session, store, bench,
+                        compilers=compilers if backend.compiles else None, clock=share, notify=advanced,
+                    )  # fmt: skip
+                    outcomes.append(tuner.run())
+                    advanced(outcomes[-1])
+        except BaseException as error:
+            failures.append(error)
+            clock.stop()
+
+    threads = [threading.Thread(target=work, args=(device,), daemon=True) for device in devices]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.1)
+    except KeyboardInterrupt:
+        clock.stop()
+        for thread in threads:
+            thread.join()
+        raise
+    if failures:
+        raise failures[0]
+    return outcomes
