@@ -228,9 +228,10 @@ def test_configs_are_verified_and_timed_on_what_was_asked(problem):
 
     x = trial.timed_inputs(problem)
     assert dataclasses.replace(problem_of(x), layout=problem.layout) == problem
-    for keys_ in trial.LENGTHS:
-        small, _ = trial.small_inputs(problem, keys_, 1)
-        assert dataclasses.replace(problem_of(small), layout=problem.layout) == trial.small_problem(problem, keys_)
+    for length in trial.LENGTHS:
+        small = trial.small_problem(problem, length)
+        x, _ = trial.small_inputs(small, 1)
+        assert dataclasses.replace(problem_of(x), layout=problem.layout) == small and small.keys == length
     default = frozen(registry.load("torch").default_config(problem))
     for p in (problem, problem.reversed()):
         for action, argument in (("verify", 1), ("time", 2), ("check", None)):

@@ -93,29 +93,36 @@ def both_configs(subject: Subject) -> tuple[object, object, object]:
     raise NoPartner(f"no {other.direction} config goes with it")
 
 
-def case_of(problem: Problem, seed: int, keys: int | None = None) -> inputs.Case:
-    """The harness's case of a problem, or of one like it with `keys` keys, two batch entries and at most two key heads.
+def case_of(problem: Problem, seed: int) -> inputs.Case:
+    """The harness's case of a forward problem.
 
     Logits are such that a share of the stick lasts to the oldest key, so that an early stop leaves nothing out.
     """
-    heads, queries, batch = problem.heads, problem.queries, problem.batch
-    lengths = sequences(problem)
-    if keys is not None:
-        heads = min(problem.kv_heads, 2) * problem.group
-        queries = keys if problem.queries == problem.keys else min(problem.queries, 65, keys)
-        batch, lengths = 2, (keys, 0, 1, keys // 2) if problem.varlen else ()
     return inputs.Case(
-        "critical", batch, heads, heads // problem.group, queries, keys or problem.keys, problem.head_dim, problem.value_dim,
-        "bnhd" if problem.layout == "bnhd" else "bhnd", problem.attend_current, problem.skip, lengths, seed,
+        "critical", problem.batch, problem.heads, problem.kv_heads, problem.queries, problem.keys, problem.head_dim,
+        problem.value_dim, "bnhd" if problem.layout == "bnhd" else "bhnd", problem.attend_current, problem.skip,
+        sequences(problem), seed,
     )  # fmt: skip
 
 
 def sequences(problem: Problem) -> tuple[int, ...]:
-    """Lengths of a varlen problem: the longest, and the other tokens shared out evenly; none of a dense problem."""
+    """Lengths of a varlen problem: the longest, an empty one, and the other tokens shared out evenly; none of a dense problem."""
     if not problem.varlen:
         return ()
     rest, others = problem.tokens - problem.keys, problem.batch - 1
-    return problem.keys, *(rest // others + (i < rest % others) for i in range(others))
+    if others < 3:
+        return problem.keys, *(rest // others + (i < rest % others) for i in range(others))
+    return problem.keys, 0, *(rest // (others - 1) + (i < rest % (others - 1)) for i in range(others - 1))
+
+
+def small_problem(problem: Problem, keys: int) -> Problem:
+    """One like a forward problem with `keys` keys, two batch entries or four sequences, and at most two key heads."""
+    kv_heads = min(problem.kv_heads, 2)
+    queries = keys if problem.varlen or problem.queries == problem.keys else min(problem.queries, 65, keys)
+    return dataclasses.replace(
+        problem, batch=4 if problem.varlen else 2, heads=kv_heads * problem.group, kv_heads=kv_heads, queries=queries, keys=keys,
+        tokens=2 * keys - 3 if problem.varlen else 0,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
@@ -124,10 +131,10 @@ def timed_inputs(problem: Problem) -> inputs.Inputs:
     return inputs.make(case_of(problem, DRAWN), problem.torch_dtype, problem.device)
 
 
-@functools.lru_cache(maxsize=2 * len(LENGTHS))
-def small_inputs(problem: Problem, keys: int, seed: int):
-    """Inputs like a forward problem's with `keys` keys, and what is expected of them."""
-    x = inputs.make(case_of(problem, seed, keys), problem.torch_dtype, problem.device)
+@functools.lru_cache(maxsize=4 * len(LENGTHS))
+def small_inputs(problem: Problem, seed: int):
+    """Inputs of what small_problem made, and what is expected of them; problems that differ in size alone share them."""
+    x = inputs.make(case_of(problem, seed), problem.torch_dtype, problem.device)
     return x, expectation(x)
 
 
@@ -168,22 +175,12 @@ def lengths(backend, problem: Problem, configs) -> list[int]:
     return [keys for keys in LENGTHS if legal(keys)] or [keys for keys in (EVEN_LENGTH,) if legal(keys)]
 
 
-def small_problem(problem: Problem, keys: int) -> Problem:
-    """The forward problem that small_inputs makes."""
-    case = case_of(problem, 0, keys)
-    total = sum(case.lengths)
-    return dataclasses.replace(
-        problem, batch=len(case.lengths) or case.B, heads=case.H, kv_heads=case.Hk, tokens=total,
-        queries=max(case.lengths) if total else case.M, keys=keys,
-    )  # fmt: skip
-
-
 def verify(subject: Subject, seed: int) -> Result:
     """Hold both passes against float64 at LENGTHS, with poisoned outputs; "wrong" with the worst finding where they differ."""
     backend, *configs = both_configs(subject)
     problem, worst = forward_of(subject.problem), 0.0
     for keys in lengths(backend, problem, configs):
-        x, expected = small_inputs(problem, keys, seed)
+        x, expected = small_inputs(small_problem(problem, keys), seed)
         result = verdict(lambda x=x, expected=expected: judge(fresh(x), expected), backend, configs, f"N={keys}")
         if result.status != "ok":
             return result
