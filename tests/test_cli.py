@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -184,3 +186,24 @@ def test_tune_refuses(tmp_path):
     ):  # fmt: skip
         refused = sbk("tune", "--device", "cpu", *arguments)
         assert (refused.returncode, words in refused.stderr, "Traceback" in refused.stderr) == (2, True, False), refused.stderr
+
+
+def test_tune_is_interrupted(tmp_path):
+    """Ctrl-C: what was measured is kept and said, the exit status is 130."""
+    environment = os.environ | {"SBKERNELS_TUNING_DB": str(tmp_path / "t.db"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sbkernels", "tune", "--device", "cpu", "--shape", "1,4,400,64", "--backend", "torch"]
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not measured(tmp_path / "t.db"):
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode == 130 and "the next run goes on from there" in printed and "tuned in" in printed
+    assert measured(tmp_path / "t.db")
+
+
+def measured(path: pathlib.Path) -> int:
+    if not path.exists():
+        return 0
+    with Store(path, writable=False) as store:
+        return store.count()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
 import pathlib
 import queue
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -58,7 +58,6 @@ def tune(
     clock, waiting, outcomes = Clock(session.seconds), queue.SimpleQueue(), []
     for task in wanted:
         waiting.put(task)
-    failures = []
 
     def work(device: str) -> None:
         try:
@@ -81,22 +80,17 @@ def tune(
                     )  # fmt: skip
                     outcomes.append(tuner.run())
                     advanced(outcomes[-1])
-        except BaseException as error:
-            failures.append(error)
+        except BaseException:
             clock.stop()
+            raise
 
-    threads = [threading.Thread(target=work, args=(device,), daemon=True) for device in devices]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.1)
-    except KeyboardInterrupt:
-        clock.stop()
-        for thread in threads:
-            thread.join()
-        raise
-    if failures:
-        raise failures[0]
+    with concurrent.futures.ThreadPoolExecutor(len(devices)) as executor:  # leaving it waits for the threads
+        running = [executor.submit(work, device) for device in devices]
+        try:
+            concurrent.futures.wait(running)
+        except KeyboardInterrupt:
+            clock.stop()
+            raise
+    for each in running:
+        each.result()
     return outcomes
