@@ -8,6 +8,7 @@ import torch
 
 from sbkernels.backends import base, hopper, launches
 from sbkernels.backends.launches import KERNELS, CudaBackward, CudaForward
+from sbkernels.cli import explain, main
 from sbkernels.problem import Problem, describe
 from sbkernels.verify import inputs
 from sbkernels.verify.run import why_not
@@ -109,6 +110,21 @@ def test_hopper_says_what_it_does_not_cover(on, change, says):
     assert (backend.illegal(p, config) is None) == (says is None)
     on((8, 0))
     assert "9.0" in hopper.not_covered(p)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "says"),
+    [((9, 0), 128, "kernels Hopper's"), ((9, 0), 256, "kernels portable: the Hopper kernel takes"), ((8, 0), 128, "needs compute")],
+)
+def test_explain_says_which_kernels(on, monkeypatch, capsys, capability, head_dim, says):
+    """As on a machine with such a GPU."""
+    on(capability)
+    monkeypatch.setattr(explain, "check_device", lambda device: "cuda:0")
+    options = main.parser().parse_args(["explain", "--backend", "cuda", "--keys", "1024", "--head-dim", str(head_dim)])
+    options.device = "cuda"
+    assert explain.explain(options) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count(says) == 2 and ("portable" in printed) == ("Hopper's" not in says)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ class CudaBackend(KernelBackend):
             return reason and f"the Hopper kernel {reason}"
         return super().illegal(problem, config)
 
+    def kernels(self, problem: Problem, config) -> str | None:
+        if config.HOPPER:
+            return "Hopper's"
+        best = _hopper_config(compiled_width(problem), problem.direction)
+        reason = hopper.not_covered(problem) or ("was not compiled" if best is None else None)
+        return f"portable: the Hopper kernel {reason}" if reason else "portable: the config says so"
+
     def prepare_forward(self, call: Call, config: CudaForward, out) -> PreparedForward:
         if not config.HOPPER:
             return super().prepare_forward(call, config, out)
