@@ -37,7 +37,7 @@ template <class C> SBK_FN void hand_dq_over(const Barriers& barriers, unsigned t
   if (lane == 0) barriers.arrive(DQ_FULL + half);
 }
 
-// Accumulator [HALF_N, D] times scale, rounded, to slabs slab_bytes apart; `stored` as in consume().
+// Accumulator [HALF_N, D] times scale, rounded, to slabs slab_bytes apart; `stored`: see Thread.
 template <class C>
 SBK_FN void stage_sums(unsigned tile, int slab_bytes, unsigned stored, const float (&x)[C::HEAD_DIM / 2], float scale) {
 #pragma unroll
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
   extern __shared__ __align__(SWIZZLE_BYTES) unsigned char hopper_shared[];
   Shared<C>& s = *reinterpret_cast<Shared<C>*>(hopper_shared);
   // NOTE: equal over a warp by a shuffle, which tells the compiler so; else it serializes the products.
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
   // Set barriers up and draw a ticket.
   if (threadIdx.x < BARRIERS) {
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
 
   // Find this block's tile, and count its steps.
   const int tiles = p.shape.keys / C::BLOCK_N, blocks = p.shape.queries / C::BLOCK_M;
-  const int ticket = __shfl_sync(0xffffffffu, s.ticket, 0), group = ticket / (p.heads_per_group * tiles);
+  const int ticket = __shfl_sync(ALL_LANES, s.ticket, 0), group = ticket / (p.heads_per_group * tiles);
   const int heads = min(p.heads_per_group, p.shape.batch * p.shape.heads / p.shape.group - group * p.heads_per_group);
   const int in_group = ticket - group * p.heads_per_group * tiles, key_head = group * p.heads_per_group + in_group % heads;
   const int tile = in_group / heads, first_block = tile * (C::BLOCK_N / C::BLOCK_M), visiting = p.shape.group * (blocks - first_block);

@@ -25,7 +25,7 @@ hopper_backward_begin_kernel(const __grid_constant__ HopperBackwardParams p) {
     reinterpret_cast<float2*>(p.state)[row] = make_float2(p.oldest_carry[row], older_sum);
     oldest = min(oldest, p.oldest_tile[row]);
   }
-  oldest = __reduce_min_sync(0xffffffffu, oldest);
+  oldest = __reduce_min_sync(ALL_LANES, oldest);
   if (lane == 0) p.block_oldest[block] = p.state_turn[block] = p.dq_turn[block] = oldest;
 }
 

@@ -36,13 +36,17 @@ struct ForwardParams {
   int* ticket;  // Hopper: the next query block to take, 0 at the start
 };
 
-struct BackwardParams {
+// What every kernel of a backward is told.
+struct BackwardArguments {
   Tensor q, k, v, dout, dq, dk, dv;
   Shape shape;
   const float* remainder;
   const float* dremainder;
   const float* oldest_carry;
   const int* oldest_tile;
+};
+
+struct BackwardParams : BackwardArguments {
   // Scratch of one chunk: `units` (batch, key head) pairs from unit_begin on (as many as the grid is for), chunk_rows query rows of
   // each from row_begin on. Key groups cover whole tiles of the dq kernel.
   float* state_carry;   // [units * group, key_groups, chunk_rows]: carry on entry of each group of keys
@@ -74,13 +78,7 @@ struct HopperForwardParams {
 };
 
 // What Python packs for the backward.
-struct HopperBackwardArguments {
-  Tensor q, k, v, dout, dq, dk, dv;
-  Shape shape;
-  const float* remainder;
-  const float* dremainder;
-  const float* oldest_carry;
-  const int* oldest_tile;
+struct HopperBackwardArguments : BackwardArguments {
   void* scratch;  // of hopper_backward_scratch
   int* error;     // set to a nonzero code if a wait ran out; results are then void
 };
