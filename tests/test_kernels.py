@@ -89,11 +89,12 @@ def test_few_blocks_are_small(on, queries, block_m):
     [
         ({}, None),
         ({"dtype": "float16", "attend_current": True}, None),
-        ({"head_dim": 96, "value_dim": 96}, "96"),
-        ({"value_dim": 128}, "equal head dims"),
+        ({"head_dim": 96, "value_dim": 32}, None),
+        ({"head_dim": 16, "value_dim": 136}, "up to 128"),
         ({"kv_heads": 2}, None),
-        ({"queries": 128}, "128"),
-        ({"queries": 130, "keys": 130}, "multiple of 128"),
+        ({"queries": 128}, None),
+        ({"queries": 130, "keys": 130}, None),
+        ({"queries": 1, "keys": 127}, "128 keys or more"),
         ({"varlen": True}, "one length"),
         ({"aligned": False}, "16 bytes"),
     ],
@@ -127,14 +128,21 @@ def test_explain_says_which_kernels(on, monkeypatch, capsys, capability, head_di
     assert printed.count(says) == 2 and ("portable" in printed) == ("Hopper's" not in says)
 
 
-@pytest.mark.parametrize(
-    ("layout", "as_is"), [(layout, layout in ("bhnd", "bnhd", "packed", "padded")) for layout in inputs.LAYOUTS]
-)
+@pytest.mark.parametrize(("layout", "as_is"), [(layout, layout != "broadcast") for layout in inputs.LAYOUTS])
 def test_tensors_that_maps_cannot_address_are_copied(layout, as_is):
-    x = inputs.arrange(torch.randn(3, 2, 128, 64, dtype=torch.float64).half(), layout)
-    found = hopper.mappable(x)
-    assert torch.equal(found, x)
-    assert (found.data_ptr() == x.data_ptr()) == as_is
+    x = inputs.arrange(torch.randn(3, 2, 129, 64, dtype=torch.float64).half(), layout)
+    for found in (hopper.mappable(x), hopper.mappable_blocks(x)):
+        assert torch.equal(found, x)
+        assert (found.data_ptr() == x.data_ptr()) == as_is
+
+
+def test_keys_that_maps_cannot_address_in_blocks_are_copied():
+    x = torch.randn(3, 200, 2, 64).half().transpose(1, 2)[:, :, :150]
+    assert hopper.mappable(x) is x
+    found = hopper.mappable_blocks(x)
+    assert torch.equal(found, x) and found.is_contiguous()
+    few = x[:, :, :100]
+    assert hopper.mappable_blocks(few) is few
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ class CudaBackend(KernelBackend):
         hopper.raise_errors(call.q.device)
         dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
         arguments = (remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv)
-        for launch in hopper.plan_backward(call, _C.hopper_backward_scratch, *arguments):
+        scratch_bytes = functools.partial(_C.hopper_backward_scratch, head_dim=compiled_width(call.problem))
+        for launch in hopper.plan_backward(call, scratch_bytes, *arguments):
             self.launch(self.kernel(call, launch.kernel, config), launch.grid, launch.params, call.q.device.index)
         return dq, dk, dv
 
