@@ -28,8 +28,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "The compiled kernels, in the order `launch` counts them.");
   m.def(
-      "hopper_backward_scratch", [](long long rows, int head_dim) { return sbk::hopper_backward_scratch(rows, head_dim).bytes; },
-      py::arg("rows"), py::arg("head_dim"), "Bytes of scratch the Hopper backward takes for batch * heads * queries rows.");
+      "hopper_backward_scratch", [](long long blocks, int head_dim) { return sbk::hopper_backward_scratch(blocks, head_dim).bytes; },
+      py::arg("blocks"), py::arg("head_dim"), "Bytes of scratch the Hopper backward of a width takes for blocks of 64 query rows.");
   m.def(
       "launch",
       [](int instance, int grid, const py::bytes& params, unsigned long long stream, int device) {

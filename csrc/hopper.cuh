@@ -71,16 +71,7 @@ SBK_FN void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: 
 
 SBK_FN void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
-// Of head number batch_entry * heads + head: its first column in a row of the matrix, and its place in the map's last dimension.
-SBK_FN int column_of(const MappedTensor& x, int head, int width) { return head % x.heads_in_row * width; }
-SBK_FN int place_of(const MappedTensor& x, int head) { return head / x.heads_in_row; }
-
 // A map's box at these coordinates (in elements, fastest dimension first) -> shared; the bytes count towards the barrier's phase.
-SBK_FN void load_box(unsigned shared, const void* map, unsigned barrier, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-               " [%0], [%1, {%3, %4, %5}], [%2];"
-               ::"r"(shared), "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2) : "memory");
-}
 SBK_FN void load_box(unsigned shared, const void* map, unsigned barrier, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                " [%0], [%1, {%3, %4, %5, %6}], [%2];"
@@ -92,6 +83,10 @@ SBK_FN void load_box(unsigned shared, const void* map, unsigned barrier, int c0,
                ::"r"(shared), "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 // Shared -> a map's box, part of this thread's bulk group; elements beyond the tensor are dropped.
+SBK_FN void store_box(unsigned shared, const void* map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+               ::"l"(map), "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
 SBK_FN void store_box(unsigned shared, const void* map, int c0, int c1, int c2, int c3, int c4) {
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
                ::"l"(map), "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
@@ -110,6 +105,35 @@ SBK_FN void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memo
 template <int PENDING> SBK_FN void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory"); }
 // ... or still have shared memory to read.
 template <int PENDING> SBK_FN void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory"); }
+
+// box(shared, map, c0, ...) for each box of BLOCK keys from `row` on of a head: the tile's slabs lie slab_bytes apart.
+template <int BLOCK, int SLABS, typename Box>
+SBK_FN void each_box(const MappedKeys& x, unsigned tile, int slab_bytes, int batch, int head, int row, Box box) {
+  if (row < x.whole_rows) {
+    const int at = batch * x.batch_rows + row;
+#pragma unroll
+    for (int slab = 0; slab < SLABS; slab++)
+      box(tile + slab * slab_bytes, &x.blocks[at % 2], slab * SLAB_COLUMNS, 0, 0, at / 2, batch * x.batch_slices + head);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < BLOCK / 2; i++)
+#pragma unroll
+      for (int slab = 0; slab < SLABS; slab++)
+        box(tile + slab * slab_bytes + i * (2 * SLAB_ROW_BYTES), &x.pairs, slab * SLAB_COLUMNS, row + i % 4 * (BLOCK / 4) + i / 4 * 2, head,
+            batch);
+  }
+}
+// Global -> shared; the bytes, zeros beyond the tensor included, count towards the barrier's phase.
+template <int BLOCK, int SLABS>
+SBK_FN void load_keys(const MappedKeys& x, unsigned tile, int slab_bytes, int batch, int head, int row, unsigned barrier) {
+  each_box<BLOCK, SLABS>(x, tile, slab_bytes, batch, head, row,
+                         [&](unsigned shared, const TensorMap* map, auto... at) { load_box(shared, map, barrier, at...); });
+}
+// Shared -> global, part of this thread's bulk group.
+template <int BLOCK, int SLABS> SBK_FN void store_keys(const MappedKeys& x, unsigned tile, int slab_bytes, int batch, int head, int row) {
+  each_box<BLOCK, SLABS>(x, tile, slab_bytes, batch, head, row,
+                         [&](unsigned shared, const TensorMap* map, auto... at) { store_box(shared, map, at...); });
+}
 
 // Four 8 x 8 matrices of 16-bit elements, held as load_matrices leaves them; lanes 8i to 8i + 7 give the rows of matrix i.
 SBK_FN void store_matrices(unsigned address, const unsigned (&r)[4]) {

@@ -1,6 +1,6 @@
 // Backward of stick-breaking attention on Hopper, dq, dk and dv in one pass of five products: equations (8) to (10).
 //
-//     grid        batch * key heads * N / BLOCK_N blocks of THREADS: one per (key head, key tile), taken by ticket
+//     grid        batch * key heads * ceil(N / BLOCK_N) blocks of THREADS: one per (key head, key tile), taken by ticket
 //     warpgroups  0 and 1: the older and the newer half of the tile's keys, with dk and dv of the half in registers; 2: a warp each
 //                 for loads, for state in, for state out and for dq
 //     k, v        the tile [BLOCK_N, D], keys permuted within each half (tile.cuh); q, dout [BLOCK_M, D] in STAGES, by tensor maps
@@ -16,38 +16,17 @@
 // The walk starts from the stick left by the tiles done; in a row's oldest visited tile, where the stick may be used up, and in its
 // newest one, from what enters from the newer side, divided. dq is summed in global memory, in the chain's order.
 //
-// Needs M = N, a multiple of BLOCK_N; D = Dv; rows on 16 bytes. Maps of 16-bit elements, swizzled
-// by 128 bytes, for C = D * heads_in_row columns and rows of S bytes:
-//     q, dout         3 dimensions [C, N, rest], box [64, 64, 1]
-//     k, v, dk, dv    5 dimensions [C, 2, 4, N / 2, rest], strides S, 16 S, 2 S, box [64, 2, 4, 8, 1]: 64 keys in permuted order
+// Rows beyond M and N, and columns beyond D and Dv up to the kernel's HEAD_DIM, enter as zeros: dout and older sum of rows beyond M too,
+// so that nothing comes of them. Needs rows on 16 bytes. Maps of 16-bit elements, swizzled by 128 bytes, for rows of S bytes:
+//     q, dout         rows, in boxes [64, 64]
+//     k, v, dk, dv    blocks of 64 keys in permuted order, strides S, 16 S, 2 S, in boxes [64, 2, 4, 8]; beyond whole blocks, pairs
 #pragma once
 #include "hopper_backward_exact.cuh"
 #include "hopper_backward_producers.cuh"
+#include "hopper_backward_results.cuh"
 
 namespace sbk {
 namespace hopper_backward {
-
-// A block's half of dq to the warp that adds it up.
-template <class C> SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq)[C::HEAD_DIM / 4], int half, int n, int lane) {
-  barriers.wait(DQ_EMPTY + half, n % 2 ^ 1);
-#pragma unroll
-  for (int j = 0; j < C::HEAD_DIM / 16; j++)
-    store_shared(to + j * 128 * 16, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-  __syncwarp();
-  if (lane == 0) barriers.arrive(DQ_FULL + half);
-}
-
-// Accumulator [HALF_N, D] times scale, rounded, to slabs slab_bytes apart; `stored` as in consume().
-template <class C>
-SBK_FN void stage_sums(unsigned tile, int slab_bytes, unsigned stored, const float (&x)[C::HEAD_DIM / 2], float scale) {
-#pragma unroll
-  for (int i = 0; i < C::HEAD_DIM / 16; i++) {
-    unsigned packed[4];
-#pragma unroll
-    for (int y = 0; y < 4; y++) packed[y] = pack<typename C::T>(x[8 * i + 2 * y] * scale, x[8 * i + 2 * y + 1] * scale);
-    store_matrices(tile + i / 4 * slab_bytes + (stored ^ i % 4 << 5), packed);
-  }
-}
 
 template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>& s, int half) {
   using T = typename C::T;
@@ -60,7 +39,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
   const unsigned q_tile = base + offsetof(Here, q), dout_tile = base + offsetof(Here, dout), k_tile = base + offsetof(Here, k);
   const unsigned v_tile = base + offsetof(Here, v), weights_tile = base + offsetof(Here, weights) + half * C::HALF_BYTES;
   const unsigned dz_tiles = base + offsetof(Here, dz), dq_tile = base + offsetof(Here, dq) + half * (C::DQ_FLOATS * 4);
-  const Barriers barriers = {base + (unsigned)offsetof(Here, barriers), p.error};
+  const Barriers barriers = {base + (unsigned)offsetof(Here, barriers), p.given.error};
   constexpr int STATE = offsetof(Here, state), NEXT = offsetof(Here, next), EXCESS = offsetof(Here, excess), SUM = offsetof(Here, sum);
   constexpr int SECOND = 8 * ROW_BYTES;  // a thread's second row
 
@@ -102,7 +81,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     for (int i = 0; i < D / 16; i++)
       wgmma_step<T, ALONG_K, ALONG_K>(e, q_stage + along_k(i, C::Q_SLAB_BYTES), k_rows + along_k(i, C::K_SLAB_BYTES), i);
     wgmma_commit();
-    const int off_diagonal = __shfl_sync(ALL_LANES, load_shared_int(base + (unsigned)offsetof(Here, off_diagonal) + stage * 4), 0);
+    const int visible = __shfl_sync(ALL_LANES, load_shared_int(base + (unsigned)offsetof(Here, visible) + stage * 4), 0);
     wgmma_wait<1>();  // dq, and of the last step dv and dk
     if (first_lane && n >= 1) {
       barriers.arrive(DOUT_EMPTY + (stage ^ 1));
@@ -131,15 +110,15 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       }
     }
     wgmma_commit();
-    if (off_diagonal < 2) {
+    if (visible < C::BLOCK_N) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int visible = off_diagonal * C::BLOCK_M + Thread(kept(threadIdx.x % 128)).row + r * 8 + p.shape.attend_current - half * C::HALF_N - q * C::RUN;
+        const int of_run = visible + Thread(kept(threadIdx.x % 128)).row + r * 8 - half * C::HALF_N - q * C::RUN;
         excess[r] = 0.f;
 #pragma unroll
         for (int t = 0; t < C::RUN; t++) {
           float& x = e[element(t, r)];
-          x = t < visible ? x : 0.f;
+          x = t < of_run ? x : 0.f;
           excess[r] = Simple::combine(excess[r], x);
         }
       }
@@ -289,34 +268,17 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     wgmma_commit();
   }
 
-  // dq of the last two steps.
+  // dq of the last two steps. There is at least one.
+  int n = max(s.work.steps - 2, 0);
 #pragma unroll 1
-  for (int n = s.work.steps - 2; n < s.work.steps; n++) {
+  do {
     float dq[D / 4];
     barriers.wait(DZ_FULL + n % 2, n / 2 % 2);
     multiply_dq(dq, n % 2);
     wgmma_wait<0>();
     hand_dq_over<C>(barriers, dq_tile + threadIdx.x % 128 * 16, dq, half, n, threadIdx.x % 32);
-  }
-
-  // Store dv through the half's rows of v, which only its own products read, dk through a stage of q; the maps put keys in order.
-  const unsigned stored = Thread(threadIdx.x % 128).stored;
-  const unsigned dv_tile = v_tile + half * C::HALF_BYTES, dk_tile = q_tile + half * C::Q_BYTES;
-  stage_sums<C>(dv_tile, C::K_SLAB_BYTES, stored, dv, 1.f);
-  named_sync(BOTH_HALVES, 256);  // both are done with q
-  stage_sums<C>(dk_tile, C::Q_SLAB_BYTES, stored, dk, p.shape.scale);
-  fence_async_shared();
-  named_sync(OLDER_HALF + half, 128);
-  if (threadIdx.x % 128 == 0) {
-    const int head = s.work.key_head, keys = s.work.tile * (C::BLOCK_N / 2) + half * (C::HALF_N / 2);
-    for (int i = 0; i < C::SLABS; i++) {
-      const int column = i * SLAB_COLUMNS;
-      store_box(dv_tile + i * C::K_SLAB_BYTES, &p.dv.map, column_of(p.dv, head, D) + column, 0, 0, keys, place_of(p.dv, head));
-      store_box(dk_tile + i * C::Q_SLAB_BYTES, &p.dk.map, column_of(p.dk, head, D) + column, 0, 0, keys, place_of(p.dk, head));
-    }
-    bulk_commit();
-    bulk_wait<0>();
-  }
+  } while (++n < s.work.steps);
+  store_sums(p, s, half, dk, dv);
 }
 
 }  // namespace hopper_backward
@@ -328,7 +290,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
   extern __shared__ __align__(SWIZZLE_BYTES) unsigned char hopper_shared[];
   Shared<C>& s = *reinterpret_cast<Shared<C>*>(hopper_shared);
   // NOTE: equal over a warp by a shuffle, which tells the compiler so; else it serializes the products.
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
   // Set barriers up and draw a ticket.
   if (threadIdx.x < BARRIERS) {
@@ -342,16 +304,18 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
   __syncthreads();
 
   // Find this block's tile, and count its steps.
-  const int tiles = p.shape.keys / C::BLOCK_N, blocks = p.shape.queries / C::BLOCK_M;
-  const int ticket = __shfl_sync(0xffffffffu, s.ticket, 0), group = ticket / (p.heads_per_group * tiles);
-  const int heads = min(p.heads_per_group, p.shape.batch * p.shape.heads / p.shape.group - group * p.heads_per_group);
-  const int in_group = ticket - group * p.heads_per_group * tiles, key_head = group * p.heads_per_group + in_group % heads;
-  const int tile = in_group / heads, first_block = tile * (C::BLOCK_N / C::BLOCK_M), visiting = p.shape.group * (blocks - first_block);
-  Work work = {key_head, key_head * p.shape.group, tile, first_block, 0};
-  const int* oldest = p.block_oldest + work.first_head * blocks + first_block;
+  const Shape& shape = p.given.shape;
+  const int tiles = ceil_div(shape.keys, C::BLOCK_N), blocks = query_blocks(shape), key_heads = shape.heads / shape.group;
+  const int ticket = __shfl_sync(ALL_LANES, s.ticket, 0), group = ticket / (p.heads_per_group * tiles);
+  const int heads = min(p.heads_per_group, shape.batch * key_heads - group * p.heads_per_group);
+  const int in_group = ticket - group * p.heads_per_group * tiles, head = group * p.heads_per_group + in_group % heads;
+  const int tile = in_group / heads, first = first_block(shape, tile), visiting = shape.group * (blocks - first);
+  Work work = {head / key_heads, head % key_heads, head * shape.group, tile, first, 0};
+  const int* oldest = p.block_oldest + work.first_head * blocks + first;
   for (int i = threadIdx.x; i - (int)threadIdx.x < visiting; i += C::THREADS)
-    work.steps += __syncthreads_count(i < visiting && oldest[i / (blocks - first_block) * blocks + i % (blocks - first_block)] <= tile);
+    work.steps += __syncthreads_count(i < visiting && oldest[i / (blocks - first) * blocks + i % (blocks - first)] <= tile);
   if (threadIdx.x == 0) s.work = work;
+  if (work.steps == 0) return store_zeros(p, s, work);  // as the whole block
   __syncthreads();
 
   if (warp < 8) {

@@ -10,26 +10,41 @@ namespace sbk {
 constexpr int HOPPER_BLOCK_M = 64, HOPPER_BLOCK_N = 128;
 constexpr int HOPPER_EDGE_THREADS = 256;
 
-// Grid: ceil(B * H * M / 64 / 8).
+// Where blocks of query rows and key tiles meet, M queries being the last of N positions: blocks of a head; the newest tile that some
+// row of a block sees or, for attend_current, would see; the first block of which a tile is not newer than that.
+SBK_FN int query_blocks(const Shape& shape) { return ceil_div(shape.queries, HOPPER_BLOCK_M); }
+SBK_FN int newest_tile(const Shape& shape, int block) {
+  return (min(shape.keys - shape.queries + (block + 1) * HOPPER_BLOCK_M, shape.keys) - 1) / HOPPER_BLOCK_N;
+}
+SBK_FN int first_block(const Shape& shape, int tile) {
+  return max(tile * HOPPER_BLOCK_N - (shape.keys - shape.queries), 0) / HOPPER_BLOCK_M;
+}
+
+// Grid: ceil(blocks / 8), for blocks = B * H * query_blocks.
 static __global__ void __launch_bounds__(HOPPER_EDGE_THREADS)
 hopper_backward_begin_kernel(const __grid_constant__ HopperBackwardParams p) {
-  const int blocks = p.shape.queries / HOPPER_BLOCK_M, lane = threadIdx.x % 32;
+  const Shape& shape = p.given.shape;
+  const int blocks = query_blocks(shape), lane = threadIdx.x % 32;
   const int block = blockIdx.x * (HOPPER_EDGE_THREADS / 32) + threadIdx.x / 32;
   if (block == 0 && lane == 0) *p.ticket = 0;
-  if (block >= p.shape.batch * p.shape.heads * blocks) return;
-  int oldest = block % blocks * HOPPER_BLOCK_M / HOPPER_BLOCK_N;  // the tile on the diagonal, if no row has an older one
+  if (block >= shape.batch * shape.heads * blocks) return;
+  int oldest = newest_tile(shape, block % blocks);  // if no row has an older one
 #pragma unroll
   for (int i = 0; i < HOPPER_BLOCK_M / 32; i++) {
-    const int64 row = (int64)block * HOPPER_BLOCK_M + i * 32 + lane;
-    const float older_sum = p.dremainder == nullptr ? 0.f : p.remainder[row] * p.dremainder[row];
-    reinterpret_cast<float2*>(p.state)[row] = make_float2(p.oldest_carry[row], older_sum);
-    oldest = min(oldest, p.oldest_tile[row]);
+    const int row = block % blocks * HOPPER_BLOCK_M + i * 32 + lane;
+    const int64 to = (int64)block * HOPPER_BLOCK_M + i * 32 + lane, from = (int64)(block / blocks) * shape.queries + row;
+    const bool there = row < shape.queries;
+    const float older_sum = there && p.given.dremainder != nullptr ? p.given.remainder[from] * p.given.dremainder[from] : 0.f;
+    const int oldest_tile = there ? p.given.oldest_tile[from] : shape.keys;
+    reinterpret_cast<float2*>(p.state)[to] = make_float2(there ? p.given.oldest_carry[from] : 0.f, older_sum);
+    p.oldest_tile[to] = oldest_tile;
+    oldest = min(oldest, oldest_tile);
   }
-  oldest = __reduce_min_sync(0xffffffffu, oldest);
+  oldest = __reduce_min_sync(ALL_LANES, oldest);
   if (lane == 0) p.block_oldest[block] = p.state_turn[block] = p.dq_turn[block] = oldest;
 }
 
-// Grid: B * H * M / 64.
+// Grid: as many blocks.
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(HOPPER_EDGE_THREADS)
 hopper_backward_end_kernel(const __grid_constant__ HopperBackwardParams p) {
@@ -44,18 +59,22 @@ hopper_backward_end_kernel(const __grid_constant__ HopperBackwardParams p) {
   for (int j = 0; j < HEAD_DIM / 16; j++) {
     const float4 x = sums[j * 128];
     const int piece = half * (PIECES / 2) + j;
-    reinterpret_cast<unsigned*>(&tile[row][piece])[q] = pack<T>(x.x * p.shape.scale, x.y * p.shape.scale);
-    reinterpret_cast<unsigned*>(&tile[row + 8][piece])[q] = pack<T>(x.z * p.shape.scale, x.w * p.shape.scale);
+    reinterpret_cast<unsigned*>(&tile[row][piece])[q] = pack<T>(x.x * p.given.shape.scale, x.y * p.given.shape.scale);
+    reinterpret_cast<unsigned*>(&tile[row + 8][piece])[q] = pack<T>(x.z * p.given.shape.scale, x.w * p.given.shape.scale);
   }
   __syncthreads();
 
   // Store rows.
-  const int blocks = p.shape.queries / HOPPER_BLOCK_M, head = blockIdx.x / blocks;
-  T* dq = static_cast<T*>(p.dq.data) + head / p.shape.heads * p.dq.stride_b + head % p.shape.heads * p.dq.stride_h;
+  const Shape& shape = p.given.shape;
+  const Tensor& target = p.given.dq;
+  const int blocks = query_blocks(shape), head = blockIdx.x / blocks;
+  T* dq = static_cast<T*>(target.data) + head / shape.heads * target.stride_b + head % shape.heads * target.stride_h;
 #pragma unroll
   for (int i = threadIdx.x; i < HOPPER_BLOCK_M * PIECES; i += HOPPER_EDGE_THREADS) {
     const int64 at = blockIdx.x % blocks * HOPPER_BLOCK_M + i / PIECES;
-    *reinterpret_cast<uint4*>(dq + at * p.dq.stride_row + i % PIECES * 8) = tile[i / PIECES][i % PIECES];
+    const int column = i % PIECES * 8;
+    if (at < shape.queries && column < shape.head_dim)
+      *reinterpret_cast<uint4*>(dq + at * target.stride_row + column) = tile[i / PIECES][i % PIECES];
   }
 }
 

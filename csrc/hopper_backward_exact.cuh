@@ -21,11 +21,11 @@ constexpr float WALK_LIMIT = 1.07374182e9f;  // 2^30
 
 // Rows (bits) of this quad whose runs are not all simple; bit 2: some row of the warp is such.
 SBK_FN int find_exact_rows(const float (&excess)[2], int lane) {
-  if (__all_sync(0xffffffffu, excess[0] < WALK_LIMIT && excess[1] < WALK_LIMIT)) return 0;
+  if (__all_sync(ALL_LANES, excess[0] < WALK_LIMIT && excess[1] < WALK_LIMIT)) return 0;
   int found = 4;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    const unsigned lanes = __ballot_sync(0xffffffffu, !(excess[r] < WALK_LIMIT));
+    const unsigned lanes = __ballot_sync(ALL_LANES, !(excess[r] < WALK_LIMIT));
     found |= (lanes >> (lane & 28) & 15) != 0 ? 1 << r : 0;
   }
   return found;

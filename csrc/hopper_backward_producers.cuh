@@ -8,31 +8,29 @@ namespace hopper_backward {
 template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Work work = s.work;
   const Barriers barriers = barriers_of(s, p);
-  auto load_keys = [&](const MappedTensor& x, char* tile, int barrier) {
+  auto load_tile = [&](const MappedKeys& x, char* tile, int barrier) {
     const unsigned full = barriers.at(barrier);
     barrier_arrive_expecting(full, C::K_BYTES);
-    const int column = column_of(x, work.key_head, C::HEAD_DIM), place = place_of(x, work.key_head);
-    for (int i = 0; i < 2 * C::SLABS; i++)
-      load_box(shared_address(tile) + i * C::HALF_BYTES, &x.map, full, column + i / 2 * SLAB_COLUMNS, 0, 0,
-               work.tile * (C::BLOCK_N / 2) + i % 2 * (C::HALF_N / 2), place);
+    for (int half = 0; half < 2; half++)
+      load_keys<C::HALF_N, C::SLABS>(x, shared_address(tile) + half * C::HALF_BYTES, C::K_SLAB_BYTES, work.batch, work.key_head,
+                                     work.tile * C::BLOCK_N + half * C::HALF_N, full);
   };
   VisitingBlocks blocks(p, work);
-  auto load_queries = [&](const MappedTensor& x, char (&tiles)[C::STAGES][C::Q_BYTES], int n, int index, int full, int empty) {
-    const int stage = n % C::STAGES, head = index / blocks.end;
+  auto load_queries = [&](const TensorMap& x, char (&tiles)[C::STAGES][C::Q_BYTES], int n, int index, int full, int empty) {
+    const int stage = n % C::STAGES, head = index / blocks.end;  // of all heads
     const unsigned barrier = barriers.at(full + stage);
     barriers.wait(empty + stage, n / C::STAGES % 2 ^ 1);
-    if (full == Q_FULL) s.off_diagonal[stage] = blocks.off_diagonal(index);
+    if (full == Q_FULL) s.visible[stage] = blocks.older_keys(index) + p.given.shape.attend_current;
     barrier_arrive_expecting(barrier, C::Q_BYTES);
-    const int column = column_of(x, head, C::HEAD_DIM), place = place_of(x, head);
     for (int i = 0; i < C::SLABS; i++)
-      load_box(shared_address(tiles[stage]) + i * C::Q_SLAB_BYTES, &x.map, barrier, column + i * SLAB_COLUMNS,
-               (index - head * blocks.end) * C::BLOCK_M, place);
+      load_box(shared_address(tiles[stage]) + i * C::Q_SLAB_BYTES, &x, barrier, i * SLAB_COLUMNS, (index - head * blocks.end) * C::BLOCK_M,
+               head - work.batch * p.given.shape.heads, work.batch);
   };
   int block = blocks.next(lane);
   if (lane == 0) {
-    load_keys(p.k, s.k, K_FULL);
+    load_tile(p.k, s.k, K_FULL);
     load_queries(p.q, s.q, 0, block, Q_FULL, Q_EMPTY);
-    load_keys(p.v, s.v, V_FULL);
+    load_tile(p.v, s.v, V_FULL);
   }
   for (int n = 0; n < work.steps; n++) {  // a step ahead with q
     const int after = n + 1 < work.steps ? blocks.next(lane) : 0;
@@ -47,16 +45,17 @@ template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C
 // What a row's walk starts from, in one number. > 0: the stick left by the tiles done. < 0: minus the stick on entry from the newer
 // side, which is whole in the newest tile and what the forward kept in the oldest. 0: the row's stick does not reach this tile.
 SBK_FN float encode_carry(float carry, int oldest_tile, int tile, bool newest) {
-  return newest ? -1.f : tile < oldest_tile ? 0.f : tile == oldest_tile ? -carry : carry;
+  return tile < oldest_tile ? 0.f : newest ? -1.f : tile == oldest_tile ? -carry : carry;
 }
 
 template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Work work = s.work;
   const Barriers barriers = barriers_of(s, p);
   VisitingBlocks blocks(p, work);
+  const int newest_end = work.tile == newest_tile(p.given.shape, blocks.end) ? blocks.end : first_block(p.given.shape, work.tile + 1);
   for (int n = 0; n < work.steps; n++) {
     const int slot = n % C::SLOTS, index = blocks.next(lane);
-    const bool newest = blocks.off_diagonal(index) < 2;
+    const bool newest = index - blocks.head_begin < newest_end;  // of a block: some of its rows may see none of its keys
     const unsigned rows = index * (C::BLOCK_M / 2) + lane;  // two a lane
     barriers.wait(STATE_EMPTY + slot, n / C::SLOTS % 2 ^ 1);
     const int2 oldest = reinterpret_cast<const int2*>(p.oldest_tile)[rows];

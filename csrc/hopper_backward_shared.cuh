@@ -43,7 +43,8 @@ SBK_FN int arrivals_of(int barrier) {
 enum NamedBarrier { ALL_THREADS, OLDER_HALF, NEWER_HALF, BOTH_HALVES };
 
 struct Work {
-  int key_head, first_head, tile, first_block, steps;  // first_head: the first query head of the key head
+  int batch, key_head, first_head;  // key_head: of the batch entry's; first_head: of all query heads, the first of the key head
+  int tile, first_block, steps;
 };
 
 template <class C> struct alignas(SWIZZLE_BYTES) Shared {
@@ -57,7 +58,7 @@ template <class C> struct alignas(SWIZZLE_BYTES) Shared {
   float2 sum[C::SLOTS][C::BLOCK_M];     // x: dr r + sum of a over the older tiles and the older half
   Barrier barriers[BARRIERS];
   int patience;  // directly behind the barriers
-  int off_diagonal[C::STAGES];  // of the block whose q is there, see VisitingBlocks
+  int visible[C::STAGES];  // of the block whose q is there: keys of the tile that its first row sees, BLOCK_N or more for all
   int ticket;
   Work work;  // here too, since the consumers have no registers for it
 };
@@ -91,19 +92,21 @@ struct Barriers {
 
 template <class C> SBK_FN Barriers barriers_of(Shared<C>& s, const HopperBackwardParams& p) {
   static_assert(offsetof(Shared<C>, patience) == offsetof(Shared<C>, barriers) + sizeof(s.barriers));
-  return {shared_address(s.barriers), p.error};
+  return {shared_address(s.barriers), p.given.error};
 }
 
 // Walks over the query blocks that visit the tile, of one query head of the key head after the other, by a whole warp, 32 at a time.
 struct VisitingBlocks {
   const int* oldest;                 // of all heads' query blocks
   int head_begin, first, base, end;  // in `oldest`; blocks of a head
-  int tile;
+  int tile, diagonal;                // diagonal: the query row at the position of the tile's first key
   unsigned mask;
 
   SBK_FN VisitingBlocks(const HopperBackwardParams& p, const Work& work) {
-    end = p.shape.queries / HOPPER_BLOCK_M;
+    const Shape& shape = p.given.shape;
+    end = query_blocks(shape);
     head_begin = work.first_head * end;
+    diagonal = work.tile * HOPPER_BLOCK_N - (shape.keys - shape.queries);
     first = work.first_block;
     base = first - 32;
     oldest = p.block_oldest;
@@ -124,8 +127,8 @@ struct VisitingBlocks {
     mask &= mask - 1;
     return head_begin + block;
   }
-  // How far the latest one is from the tile's diagonal: on it for 0 and 1.
-  SBK_FN int off_diagonal(int index) const { return index - head_begin - first; }
+  // How far the first row of the latest one is from the tile's first key.
+  SBK_FN int older_keys(int index) const { return (index - head_begin) * HOPPER_BLOCK_M - diagonal; }
 };
 
 // ---- A consumer's thread ----

@@ -3,7 +3,8 @@
 //     grid    as many blocks as multiprocessors, each taking one query block after the other, longest first within a group of heads
 //     roles   one warp loads: q, and tiles of k and v in permuted key order into STAGES of shared memory; CONSUMERS warpgroups of
 //             64 query rows compute
-//     k, v    whole tiles of BLOCK_N keys from key 0 on: N is a multiple of BLOCK_N
+//     k, v    tiles of BLOCK_N keys from key 0 on; rows beyond M and N, and columns beyond D and Dv up to BLOCK_D, enter as zeros
+//     out     [M, Dv] of those rows and columns
 //
 // A warpgroup has the logits of the next tile computed while the tensor cores still add this one's A v, and weighs them meanwhile.
 // Warpgroups take turns in starting products, so that one weighs while another multiplies.
@@ -35,7 +36,7 @@ template <class C> struct HopperForwardShared {
   Barrier k_full[C::STAGES], k_empty[C::STAGES], v_full[C::STAGES], v_empty[C::STAGES];
   int work;                             // number of the query block in q; beyond the last one: the end
   int stop[C::STAGES];                  // whether the stage of k holds no tile but the end of an early stop
-  int used_up[4 * C::CONSUMERS];        // by warp: 1 + the work in which its rows have used up their sticks
+  int used_up[4 * C::CONSUMERS];        // by warp: 1 + the work in which its rows have used up their sticks; read at any time
 };
 
 // Tries of a wait inside a block: seconds. It only ends so if something else went wrong.
@@ -71,14 +72,10 @@ template <class C> SBK_FN Work work_of(const HopperForwardParams& p, int index) 
 template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperForwardShared<C>& shared, int works) {
   const Shape& shape = p.forward.shape;
   Ring<C::STAGES> keys, values;
-  auto load_keys = [&](unsigned char* tile, const MappedTensor& x, const Sequence& at, Barrier& full, int n_tile) {
-    const unsigned barrier = shared_address(&full), to = shared_address(tile);
-    const int head = at.batch * (shape.heads / shape.group) + at.head / shape.group;
+  auto load_tile = [&](unsigned char* tile, const MappedKeys& x, const Sequence& at, Barrier& full, int n_tile) {
+    const unsigned barrier = shared_address(&full);
     barrier_arrive_expecting(barrier, C::KEY_BYTES);
-#pragma unroll
-    for (int slab = 0; slab < C::SLABS; slab++)
-      load_box(to + slab * C::KEY_SLAB, &x.map, barrier, column_of(x, head, C::BLOCK_D) + slab * SLAB_COLUMNS, 0, 0,
-               n_tile * C::BLOCK_N / 2, place_of(x, head));
+    load_keys<C::BLOCK_N, C::SLABS>(x, shared_address(tile), C::KEY_SLAB, at.batch, at.head / shape.group, n_tile * C::BLOCK_N, barrier);
   };
   for (int q_parity = 1;; q_parity ^= 1) {
     // Take the next query block; the consumers have read the last one's number with its last products of q.
@@ -92,12 +89,10 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
     }
     const Work work = work_of<C>(p, w);
     const Sequence& at = work.at;
-    const int head = at.batch * shape.heads + at.head;
     barrier_arrive_expecting(q_full, C::Q_BYTES);
 #pragma unroll
     for (int slab = 0; slab < C::SLABS; slab++)
-      load_box(shared_address(shared.q) + slab * C::Q_SLAB, &p.q.map, q_full, column_of(p.q, head, C::BLOCK_D) + slab * SLAB_COLUMNS,
-               work.m_begin, place_of(p.q, head));
+      load_box(shared_address(shared.q) + slab * C::Q_SLAB, &p.q, q_full, slab * SLAB_COLUMNS, work.m_begin, at.head, at.batch);
 
     for (int tile = work.tiles_seen - 1; tile >= 0; tile--) {
       barrier_wait(shared_address(&shared.k_empty[keys.stage]), keys.parity ^ 1, WAIT_LIMIT);
@@ -110,10 +105,10 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
         keys.advance();
         break;
       }
-      load_keys(shared.k[keys.stage], p.k, at, shared.k_full[keys.stage], tile);
+      load_tile(shared.k[keys.stage], p.k, at, shared.k_full[keys.stage], tile);
       keys.advance();
       barrier_wait(shared_address(&shared.v_empty[values.stage]), values.parity ^ 1, WAIT_LIMIT);
-      load_keys(shared.v[values.stage], p.v, at, shared.v_full[values.stage], tile);
+      load_tile(shared.v[values.stage], p.v, at, shared.v_full[values.stage], tile);
       values.advance();
     }
   }
@@ -178,7 +173,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       weigh<C>(s_rows, runs, rows, tile, q);
       if (shape.skip_below > 0.f) {
         const bool alive = Run::stick(rows[0][0].carry) >= shape.skip_below || Run::stick(rows[0][1].carry) >= shape.skip_below;
-        if (!__any_sync(ALL_LANES, alive) && lane == 0) shared.used_up[consumer * 4 + warp] = w + 1;
+        if (!__any_sync(ALL_LANES, alive) && lane == 0) *(volatile int*)&shared.used_up[consumer * 4 + warp] = w + 1;
       }
     };
 

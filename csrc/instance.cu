@@ -66,35 +66,31 @@ template <int BLOCK_D, int CONSUMERS, int NUM_STAGES> void hopper_forward() {
       prepare_hopper_forward<C>);
 }
 
-template <bool MAPS> Clear prepare_hopper_backward(const void* packed, void* params) {
+template <int BLOCK_D, bool MAPS> Clear prepare_hopper_backward(const void* packed, void* params) {
   auto& made = *static_cast<HopperBackwardParams*>(params);
   const auto& p = *static_cast<const HopperBackwardArguments*>(packed);
   const Shape& shape = p.shape;
-  const int B = shape.batch, H = shape.heads, Hk = H / shape.group, M = shape.queries, N = shape.keys, D = shape.head_dim;
+  const int B = shape.batch, H = shape.heads, Hk = H / shape.group, M = shape.queries, N = shape.keys, D = shape.head_dim, Dv = shape.value_dim;
   if (MAPS) {
     made.q = map_rows("q", p.q, IS_HALF, B, H, M, D, HOPPER_BLOCK_M);
-    made.dout = map_rows("dout", p.dout, IS_HALF, B, H, M, D, HOPPER_BLOCK_M);
+    made.dout = map_rows("dout", p.dout, IS_HALF, B, H, M, Dv, HOPPER_BLOCK_M);
     made.k = map_keys("k", p.k, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2);
-    made.v = map_keys("v", p.v, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2);
+    made.v = map_keys("v", p.v, IS_HALF, B, Hk, N, Dv, HOPPER_BLOCK_N / 2);
     made.dk = map_keys("dk", p.dk, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2);
-    made.dv = map_keys("dv", p.dv, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2);
+    made.dv = map_keys("dv", p.dv, IS_HALF, B, Hk, N, Dv, HOPPER_BLOCK_N / 2);
   }
-  made.dq = p.dq;
-  made.shape = shape;
-  made.remainder = p.remainder;
-  made.dremainder = p.dremainder;
-  made.oldest_carry = p.oldest_carry;
-  made.oldest_tile = p.oldest_tile;
-  const HopperBackwardScratch at = hopper_backward_scratch(int64(B) * H * M, D);
+  made.given = p;
+  const int64 blocks = (M + HOPPER_BLOCK_M - 1) / HOPPER_BLOCK_M;
+  const HopperBackwardScratch at = hopper_backward_scratch(B * H * blocks, BLOCK_D);
   char* scratch = static_cast<char*>(p.scratch);
   made.dq_sum = reinterpret_cast<float*>(scratch + at.dq_sum);
   made.state = reinterpret_cast<float*>(scratch + at.state);
+  made.oldest_tile = reinterpret_cast<int*>(scratch + at.oldest_tile);
   made.block_oldest = reinterpret_cast<int*>(scratch + at.block_oldest);
   made.state_turn = reinterpret_cast<int*>(scratch + at.state_turn);
   made.dq_turn = reinterpret_cast<int*>(scratch + at.dq_turn);
   made.ticket = reinterpret_cast<int*>(scratch + at.ticket);
-  made.error = p.error;
-  made.heads_per_group = CHAIN_COLUMNS / D / shape.group > 0 ? CHAIN_COLUMNS / D / shape.group : 1;
+  made.heads_per_group = CHAIN_COLUMNS / BLOCK_D / shape.group > 0 ? CHAIN_COLUMNS / BLOCK_D / shape.group : 1;
   made.scale_log2 = shape.scale * LOG2_E;
   return {nullptr, 0};
 }
@@ -102,11 +98,12 @@ template <bool MAPS> Clear prepare_hopper_backward(const void* packed, void* par
 template <int BLOCK_D> void hopper_backward() {
   using C = HopperBackwardConfig<T, BLOCK_D>;
   constexpr int BYTES = sizeof(HopperBackwardArguments);
-  add("hopper_backward_begin", BLOCK_D, hopper_backward_begin_kernel, HOPPER_EDGE_THREADS, 0, {}, BYTES, prepare_hopper_backward<false>);
+  add("hopper_backward_begin", BLOCK_D, hopper_backward_begin_kernel, HOPPER_EDGE_THREADS, 0, {}, BYTES,
+      prepare_hopper_backward<BLOCK_D, false>);
   add("hopper_backward", BLOCK_D, hopper_backward_kernel<C>, C::THREADS, sizeof(hopper_backward::Shared<C>), {}, BYTES,
-      prepare_hopper_backward<true>);
+      prepare_hopper_backward<BLOCK_D, true>);
   add("hopper_backward_end", BLOCK_D, hopper_backward_end_kernel<T, BLOCK_D>, HOPPER_EDGE_THREADS, 0, {}, BYTES,
-      prepare_hopper_backward<false>);
+      prepare_hopper_backward<BLOCK_D, false>);
 }
 #endif
 

@@ -36,13 +36,17 @@ struct ForwardParams {
   int* ticket;  // Hopper: the next query block to take, 0 at the start
 };
 
-struct BackwardParams {
+// What every kernel of a backward is told.
+struct BackwardArguments {
   Tensor q, k, v, dout, dq, dk, dv;
   Shape shape;
   const float* remainder;
   const float* dremainder;
   const float* oldest_carry;
   const int* oldest_tile;
+};
+
+struct BackwardParams : BackwardArguments {
   // Scratch of one chunk: `units` (batch, key head) pairs from unit_begin on (as many as the grid is for), chunk_rows query rows of
   // each from row_begin on. Key groups cover whole tiles of the dq kernel.
   float* state_carry;   // [units * group, key_groups, chunk_rows]: carry on entry of each group of keys
@@ -57,60 +61,56 @@ struct BackwardParams {
 
 // ---- Hopper: what the launcher makes of packed parameters for kernels that load through tensor maps ----
 
-// An encoded CUtensorMap, and how many heads lie side by side in a row of the matrix it describes: 1 for [B * H, rows, D], H for
-// [B, rows, H * D].
+// An encoded CUtensorMap. Of rows: [width, rows, heads, batch], in boxes of 64 columns.
 struct alignas(128) TensorMap {
   unsigned char opaque[128];
 };
-struct MappedTensor {
-  TensorMap map;
-  int heads_in_row;
+// Keys of a tensor in the key order of tile.cuh, in blocks: those before row `whole_rows` by `blocks`, a box each, the others by
+// `pairs`, boxes of 2 rows, which end with each head's last row.
+struct MappedKeys {
+  TensorMap blocks[2];  // [width, 2, 4, rows / 2, slices], from row 0 and from row 1 on: for blocks that start on an even and an odd row
+  TensorMap pairs;      // as of rows
+  int whole_rows;
+  int batch_rows, batch_slices;  // what a batch entry is further on in `blocks`; a head is a slice
 };
 
 struct HopperForwardParams {
-  MappedTensor q, k, v;
+  TensorMap q;
+  MappedKeys k, v;
   ForwardParams forward;
   int head_group;  // heads whose blocks are worked on side by side, so that their keys and values stay in the L2 cache
 };
 
 // What Python packs for the backward.
-struct HopperBackwardArguments {
-  Tensor q, k, v, dout, dq, dk, dv;
-  Shape shape;
-  const float* remainder;
-  const float* dremainder;
-  const float* oldest_carry;
-  const int* oldest_tile;
+struct HopperBackwardArguments : BackwardArguments {
   void* scratch;  // of hopper_backward_scratch
   int* error;     // set to a nonzero code if a wait ran out; results are then void
 };
 
 #if !defined(__CUDACC_RTC__)  // which takes no host functions
-// Scratch: byte offsets in one piece of memory, for rows = batch * heads * queries.
+// Scratch: byte offsets in one piece of memory, for `blocks` blocks of 64 rows; head_dim is the kernel's.
 struct HopperBackwardScratch {
-  int64 dq_sum, state, block_oldest, state_turn, dq_turn, ticket, bytes;
+  int64 dq_sum, state, oldest_tile, block_oldest, state_turn, dq_turn, ticket, bytes;
 };
-constexpr HopperBackwardScratch hopper_backward_scratch(int64 rows, int head_dim) {
-  const int64 state = rows * head_dim * 4, ints = rows / 64 * 4, block_oldest = state + rows * 8, ticket = block_oldest + 3 * ints;
-  return {0, state, block_oldest, block_oldest + ints, block_oldest + 2 * ints, ticket, ticket + 16};
+constexpr HopperBackwardScratch hopper_backward_scratch(int64 blocks, int head_dim) {
+  const int64 rows = blocks * 64, ints = blocks * 4, state = rows * head_dim * 4, oldest_tile = state + rows * 8;
+  const int64 block_oldest = oldest_tile + rows * 4, ticket = block_oldest + 3 * ints;
+  return {0, state, oldest_tile, block_oldest, block_oldest + ints, block_oldest + 2 * ints, ticket, ticket + 16};
 }
 #endif
 
+// Of each head there are ceil(M / 64) blocks of 64 query rows, rows beyond the last included: those have no stick in any tile.
 struct HopperBackwardParams {
-  MappedTensor q, dout, k, v, dk, dv;  // see hopper_backward.cuh
-  Tensor dq;
-  Shape shape;
-  const float* remainder;
-  const float* dremainder;    // null: 0
-  const float* oldest_carry;  // of tiles of 128 keys
-  const int* oldest_tile;
-  float* dq_sum;      // [B * H, M / 64, 2, 64 * D / 2]: q's gradient before scaling, in the order of the products' registers
-  float* state;       // [B * H, M, 2]: per row, the carry on entry of the last tile done, and dr r + sum of a over the tiles done
-  int* block_oldest;  // [B * H, M / 64]: oldest tile a block of 64 queries visits
-  int* state_turn;    // [B * H, M / 64]: the tile whose turn it is to take the block's state ...
-  int* dq_turn;       // [B * H, M / 64]: ... and to add to its dq_sum
+  TensorMap q, dout;
+  MappedKeys k, v, dk, dv;  // see hopper_backward.cuh
+  HopperBackwardArguments given;  // oldest_carry, oldest_tile: of tiles of 128 keys
+  float* dq_sum;      // [blocks, 2, 64 * D / 2]: q's gradient before scaling, in the order of the products' registers
+  float* state;       // [blocks, 64, 2]: per row, the carry on entry of the last tile done, and dr r + sum of a over the tiles done
+  int* oldest_tile;   // [blocks, 64]: as given; of rows beyond the last, beyond the last tile
+  int* block_oldest;  // [blocks]: oldest tile a block visits
+  int* state_turn;    // [blocks]: the tile whose turn it is to take the block's state ...
+  int* dq_turn;       // [blocks]: ... and to add to its dq_sum
   int* ticket;
-  int* error;           // set to a nonzero code if a wait ran out; results are then void
   int heads_per_group;  // key heads whose tiles are taken in turns
   float scale_log2;     // scale * log2(e)
 };

@@ -11,7 +11,7 @@
 namespace sbk {
 namespace {
 
-constexpr int BYTES = 2;  // of an element
+constexpr int BYTES = 2;       // of an element
 constexpr int DRIVER = 12000;  // the driver's version that has the encoder
 
 decltype(&cuTensorMapEncodeTiled) encoder() {
@@ -23,20 +23,6 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   return found;
-}
-
-// A map has one slowest dimension for batch entries and heads: either they fold into it, or the heads lie side by side in a row.
-struct Fold {
-  int heads_in_row;
-  int64 columns, slices, slice_stride;
-};
-
-Fold fold(const char* name, const Tensor& x, int batch, int heads, int width) {
-  if (heads == 1 && x.stride_b > 0) return {1, width, batch, x.stride_b};
-  if (x.stride_h > 0 && (batch == 1 || x.stride_b == heads * x.stride_h)) return {1, width, int64(batch) * heads, x.stride_h};
-  if (x.stride_h == width && x.stride_b > 0) return {heads, int64(heads) * width, batch, x.stride_b};
-  throw std::invalid_argument(std::string(name) + " has strides " + std::to_string(x.stride_b) + ", " + std::to_string(x.stride_h) + ", " +
-                              std::to_string(x.stride_row) + " for batch, heads, rows: expected batch and heads to fold into one dimension");
 }
 
 template <int RANK>
@@ -54,21 +40,36 @@ void encode(TensorMap& map, const char* name, const Tensor& x, bool is_half, con
   if (result != CUDA_SUCCESS) throw std::invalid_argument(std::string(name) + ": cuTensorMapEncodeTiled returned " + std::to_string(result));
 }
 
+// Of a dimension with one entry a tensor may have any stride; a map's are multiples of 16 bytes.
+int64 stride(int64 given, int entries) { return entries > 1 ? given : 16 / BYTES; }
+
 }  // namespace
 
-MappedTensor map_rows(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int box_rows) {
-  const Fold f = fold(name, x, batch, heads, width);
-  MappedTensor made = {{}, f.heads_in_row};
-  encode<3>(made.map, name, x, is_half, {cuuint64_t(f.columns), cuuint64_t(rows), cuuint64_t(f.slices)}, {x.stride_row, f.slice_stride},
-            {MAP_COLUMNS, cuuint32_t(box_rows), 1});
-  return made;
+TensorMap map_rows(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int box_rows) {
+  TensorMap map;
+  encode<4>(map, name, x, is_half, {cuuint64_t(width), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)},
+            {stride(x.stride_row, rows), stride(x.stride_h, heads), stride(x.stride_b, batch)}, {MAP_COLUMNS, cuuint32_t(box_rows), 1, 1});
+  return map;
 }
 
-MappedTensor map_keys(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block) {
-  const Fold f = fold(name, x, batch, heads, width);
-  MappedTensor made = {{}, f.heads_in_row};
-  encode<5>(made.map, name, x, is_half, {cuuint64_t(f.columns), 2, 4, cuuint64_t(rows / 2), cuuint64_t(f.slices)},
-            {x.stride_row, block / 4 * x.stride_row, 2 * x.stride_row, f.slice_stride}, {MAP_COLUMNS, 2, 4, cuuint32_t(block / 8), 1});
+// NOTE: a map has 5 dimensions, and the key order takes 4. Batch entries and heads share the fifth, or batch entries follow each
+// other along the rows; where neither holds, all keys go by pairs.
+MappedKeys map_keys(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block) {
+  MappedKeys made;
+  const bool in_slices = batch == 1 || heads == 1 || x.stride_b == heads * x.stride_h;
+  const bool in_rows = !in_slices && x.stride_b == rows * x.stride_row;
+  made.whole_rows = in_slices || in_rows ? rows / MAP_TILE * MAP_TILE : 0;
+  made.batch_rows = in_rows ? rows : 0;
+  made.batch_slices = in_rows ? 0 : heads;
+  const int slices = in_rows ? heads : batch * heads, all_rows = in_rows ? batch * rows : rows;
+  const int64 slice = heads > 1 ? x.stride_h : stride(x.stride_b, batch);
+  for (int first = 0; made.whole_rows > 0 && first <= made.batch_rows % 2; first++) {
+    Tensor from = x;
+    from.data = static_cast<char*>(x.data) + first * x.stride_row * BYTES;
+    encode<5>(made.blocks[first], name, from, is_half, {cuuint64_t(width), 2, 4, cuuint64_t((all_rows - first) / 2), cuuint64_t(slices)},
+              {x.stride_row, block / 4 * x.stride_row, 2 * x.stride_row, slice}, {MAP_COLUMNS, 2, 4, cuuint32_t(block / 8), 1});
+  }
+  if (made.whole_rows < rows) made.pairs = map_rows(name, x, is_half, batch, heads, rows, width, 2);
   return made;
 }
 

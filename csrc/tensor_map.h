@@ -5,12 +5,13 @@
 namespace sbk {
 
 constexpr int MAP_COLUMNS = 64;  // of a box: rows of 128 bytes, swizzled
+constexpr int MAP_TILE = 128;    // keys of a kernel's tile: only whole ones go by blocks
 
-// Rows of a tensor [batch, heads, rows, width] of 16-bit elements (is_half: float16, else bfloat16) in boxes of box_rows by 64.
-// std::invalid_argument, naming the tensor, if its strides are beyond what a map can say (see fold in tensor_map.cpp).
-MappedTensor map_rows(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int box_rows);
+// Rows of a tensor [batch, heads, rows, width] of 16-bit elements (is_half: float16, else bfloat16) in boxes of box_rows by 64. What
+// lies beyond the rows or columns of a head is read as zeros, and not written. Strides: multiples of 16 bytes.
+TensorMap map_rows(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int box_rows);
 
-// The same in boxes of `block` rows in the key order of tile.cuh: block / 4 rows apart for each of 4 runs, in pairs.
-MappedTensor map_keys(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block);
+// The same in blocks of `block` rows in the key order of tile.cuh: block / 4 rows apart for each of 4 runs, in pairs.
+MappedKeys map_keys(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block);
 
 }  // namespace sbk

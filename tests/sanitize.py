@@ -16,10 +16,11 @@ CASES = [
     dict(M=130, N=257, H=6, Hk=2, D=128, Dv=128, layout="packed"), dict(M=90, N=100, B=2, D=24, Dv=16, layout="bnhd"),
     dict(M=70, N=131, D=256, Dv=192), dict(lengths=(33, 0, 1, 64, 130), H=4, Hk=2, D=128, Dv=64, skip=True),
     dict(regime="std30", M=190, N=190, D=64, Dv=64, skip=True),
-    # Of these the cuda backend has its Hopper kernels run:
+    # Tiles that Hopper's kernels load whole, pair by pair, and that no query visits:
     dict(M=256, N=256, H=4, Hk=2, D=128, Dv=128),
     dict(B=2, M=384, N=384, D=64, Dv=64, attend_current=True, layout="bnhd", skip=True),
     dict(regime="std30", M=256, N=256, H=2, Hk=1, D=64, Dv=64, skip=True),
+    dict(B=2, M=301, N=301, H=4, Hk=2, D=128, Dv=96, layout="bnhd"), dict(regime="std30", M=100, N=1000, D=64, Dv=64, skip=True),
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 
 from sbkernels.backends import base, hopper, launches
 from sbkernels.backends.launches import KERNELS, CudaBackward, CudaForward
+from sbkernels.cli import explain, main
 from sbkernels.problem import Problem, describe
 from sbkernels.verify import inputs
 from sbkernels.verify.run import why_not
@@ -88,11 +89,12 @@ def test_few_blocks_are_small(on, queries, block_m):
     [
         ({}, None),
         ({"dtype": "float16", "attend_current": True}, None),
-        ({"head_dim": 96, "value_dim": 96}, "96"),
-        ({"value_dim": 128}, "equal head dims"),
+        ({"head_dim": 96, "value_dim": 32}, None),
+        ({"head_dim": 16, "value_dim": 136}, "up to 128"),
         ({"kv_heads": 2}, None),
-        ({"queries": 128}, "128"),
-        ({"queries": 130, "keys": 130}, "multiple of 128"),
+        ({"queries": 128}, None),
+        ({"queries": 130, "keys": 130}, None),
+        ({"queries": 1, "keys": 127}, "128 keys or more"),
         ({"varlen": True}, "one length"),
         ({"aligned": False}, "16 bytes"),
     ],
@@ -112,13 +114,35 @@ def test_hopper_says_what_it_does_not_cover(on, change, says):
 
 
 @pytest.mark.parametrize(
-    ("layout", "as_is"), [(layout, layout in ("bhnd", "bnhd", "packed", "padded")) for layout in inputs.LAYOUTS]
+    ("capability", "head_dim", "says"),
+    [((9, 0), 128, "kernels Hopper's"), ((9, 0), 256, "kernels portable: the Hopper kernel takes"), ((8, 0), 128, "needs compute")],
 )
+def test_explain_says_which_kernels(on, monkeypatch, capsys, capability, head_dim, says):
+    """As on a machine with such a GPU."""
+    on(capability)
+    monkeypatch.setattr(explain, "check_device", lambda device: "cuda:0")
+    options = main.parser().parse_args(["explain", "--backend", "cuda", "--keys", "1024", "--head-dim", str(head_dim)])
+    options.device = "cuda"
+    assert explain.explain(options) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count(says) == 2 and ("portable" in printed) == ("Hopper's" not in says)
+
+
+@pytest.mark.parametrize(("layout", "as_is"), [(layout, layout != "broadcast") for layout in inputs.LAYOUTS])
 def test_tensors_that_maps_cannot_address_are_copied(layout, as_is):
-    x = inputs.arrange(torch.randn(3, 2, 128, 64, dtype=torch.float64).half(), layout)
-    found = hopper.mappable(x)
-    assert torch.equal(found, x)
-    assert (found.data_ptr() == x.data_ptr()) == as_is
+    x = inputs.arrange(torch.randn(3, 2, 129, 64, dtype=torch.float64).half(), layout)
+    for found in (hopper.mappable(x), hopper.mappable_blocks(x)):
+        assert torch.equal(found, x)
+        assert (found.data_ptr() == x.data_ptr()) == as_is
+
+
+def test_keys_that_maps_cannot_address_in_blocks_are_copied():
+    x = torch.randn(3, 200, 2, 64).half().transpose(1, 2)[:, :, :150]
+    assert hopper.mappable(x) is x
+    found = hopper.mappable_blocks(x)
+    assert torch.equal(found, x) and found.is_contiguous()
+    few = x[:, :, :100]
+    assert hopper.mappable_blocks(few) is few
 
 
 @pytest.mark.parametrize(

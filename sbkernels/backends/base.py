@@ -122,6 +122,10 @@ class Backend:
         """Why this config may not be used for the problem; None if it may."""
         raise NotImplementedError
 
+    def kernels(self, problem: Problem, config) -> str | None:
+        """Which set of kernels this config means for the problem, and why not a faster one; None if there is but one."""
+        return None
+
     def mismatch(self, forward, backward) -> str | None:
         """Why a backward may not run with this config on what a forward with that one has saved; None if it may."""
         return None

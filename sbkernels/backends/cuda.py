@@ -64,6 +64,13 @@ class CudaBackend(KernelBackend):
             return reason and f"the Hopper kernel {reason}"
         return super().illegal(problem, config)
 
+    def kernels(self, problem: Problem, config) -> str | None:
+        if config.HOPPER:
+            return "Hopper's"
+        best = _hopper_config(compiled_width(problem), problem.direction)
+        reason = hopper.not_covered(problem) or ("was not compiled" if best is None else None)
+        return f"portable: the Hopper kernel {reason}" if reason else "portable: the config says so"
+
     def prepare_forward(self, call: Call, config: CudaForward, out) -> PreparedForward:
         if not config.HOPPER:
             return super().prepare_forward(call, config, out)
@@ -75,7 +82,8 @@ class CudaBackend(KernelBackend):
         hopper.raise_errors(call.q.device)
         dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
         arguments = (remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv)
-        for launch in hopper.plan_backward(call, _C.hopper_backward_scratch, *arguments):
+        scratch_bytes = functools.partial(_C.hopper_backward_scratch, head_dim=compiled_width(call.problem))
+        for launch in hopper.plan_backward(call, scratch_bytes, *arguments):
             self.launch(self.kernel(call, launch.kernel, config), launch.grid, launch.params, call.q.device.index)
         return dq, dk, dv
 

@@ -17,7 +17,9 @@ from .launches import CudaForward, Launch, ceil_div
 
 CAPABILITY = (9, 0)
 BLOCK_M, BLOCK_N = 64, 128  # of the backward
-HEAD_DIMS = (64, 128)
+MAX_WIDTH = 128
+# Fewer take the portable kernels less time: a tile that is not whole takes 64 copies instead of 1 (csrc/hopper.cuh, each_box).
+MIN_KEYS = 128
 
 
 def not_covered(problem: Problem) -> str | None:
@@ -27,27 +29,33 @@ def not_covered(problem: Problem) -> str | None:
         return f"needs compute capability 9.0, {problem.device} has {'.'.join(map(str, capability))}"
     if problem.varlen:
         return "takes sequences of one length"
-    if problem.head_dim != problem.value_dim or problem.head_dim not in HEAD_DIMS:
-        return f"takes equal head dims of 64 or 128, not {problem.head_dim} and {problem.value_dim}"
-    if problem.queries != problem.keys or problem.keys % BLOCK_N:
-        return f"takes as many queries as keys, a multiple of {BLOCK_N}, not {problem.queries} and {problem.keys}"
+    if max(problem.head_dim, problem.value_dim) > MAX_WIDTH:
+        return f"takes head dims up to {MAX_WIDTH}, not {problem.head_dim} and {problem.value_dim}"
+    if problem.keys < MIN_KEYS:
+        return f"takes {MIN_KEYS} keys or more, not {problem.keys}"
     if not problem.aligned:
         return "takes rows that start on multiples of 16 bytes"
     return None
 
 
 def mappable(x: torch.Tensor) -> torch.Tensor:
-    """x [B, H, N, D], or a dense copy where a tensor map cannot say its strides (csrc/tensor_map.cpp, fold)."""
-    batch, heads, _, width = x.shape
-    stride_b, stride_h, stride_row, last = x.stride()
-    steps = last == 1 and x.data_ptr() % 16 == 0 and stride_row % 8 == stride_h % 8 == stride_b % 8 == 0 < min(stride_b, stride_h)
-    folds = batch == 1 or heads == 1 or stride_b == heads * stride_h or stride_h == width
-    return x if steps and folds else x.contiguous()
+    """x [B, H, N, D], or a dense copy where a tensor map cannot say its strides."""
+    steps = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    says = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
+    return x if says else x.contiguous()
+
+
+def mappable_blocks(x: torch.Tensor) -> torch.Tensor:
+    """The same of keys that are to be loaded in whole blocks (csrc/tensor_map.cpp, map_keys)."""
+    batch, heads, rows, _ = x.shape
+    stride_b, stride_h, stride_row, _ = x.stride()
+    folds = batch == 1 or heads == 1 or stride_b in (heads * stride_h, rows * stride_row)
+    return mappable(x) if folds or rows < BLOCK_N else x.contiguous()
 
 
 def mapped(call: Call) -> Call:
     """The call with tensors that maps can address."""
-    q, k, v = mappable(call.q), mappable(call.k), mappable(call.v)
+    q, k, v = mappable(call.q), mappable_blocks(call.k), mappable_blocks(call.v)
     return call if q is call.q and k is call.k and v is call.v else call._replace(q=q, k=k, v=v)
 
 
@@ -68,12 +76,12 @@ def prepare_forward(call: Call, kernel, config: CudaForward, out) -> PreparedFor
 def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
     """The backward's launches, for as many batch entries at a time as the workspace has scratch for, at least one.
 
-    scratch_bytes(rows, head_dim): what so many rows of all heads take.
+    scratch_bytes(blocks): what so many blocks of BLOCK_M query rows take.
     """
     problem, error = call.problem, error_flag(call.q.device)
-    rows = problem.heads * problem.queries
-    entries = min(problem.batch, max(1, env.workspace() // scratch_bytes(rows, problem.head_dim)))
-    scratch = allocate((ceil_div(scratch_bytes(entries * rows, problem.head_dim), 4),), remainder, torch.int32)
+    blocks = problem.heads * ceil_div(problem.queries, BLOCK_M)  # of a batch entry
+    entries = min(problem.batch, max(1, env.workspace() // scratch_bytes(blocks)))
+    scratch = allocate((ceil_div(scratch_bytes(entries * blocks), 4),), remainder, torch.int32)
     tensors = (*(mappable(x) for x in (call.q, call.k, call.v, dout)), dq, dk, dv)
     for first in range(0, problem.batch, entries):
         here = slice(first, first + entries)
@@ -84,10 +92,9 @@ def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_til
             *(x[here].data_ptr() for x in (remainder, dremainder, oldest_carry, oldest_tile)),
             scratch.data_ptr(), error.data_ptr(),
         )  # fmt: skip
-        blocks = part.problem.batch * problem.heads * problem.queries // BLOCK_M
-        yield Launch("hopper_backward_begin", ceil_div(blocks, 8), packed)
-        yield Launch("hopper_backward", part.problem.batch * problem.kv_heads * problem.keys // BLOCK_N, packed)
-        yield Launch("hopper_backward_end", blocks, packed)
+        yield Launch("hopper_backward_begin", ceil_div(part.problem.batch * blocks, 8), packed)
+        yield Launch("hopper_backward", part.problem.batch * problem.kv_heads * ceil_div(problem.keys, BLOCK_N), packed)
+        yield Launch("hopper_backward_end", part.problem.batch * blocks, packed)
 
 
 @functools.cache

@@ -24,6 +24,11 @@ FORWARD_PARAMS = struct.Struct("=" + 4 * TENSOR + SHAPE + "4q")
 HOPPER_BACKWARD_ARGUMENTS = struct.Struct("=" + 7 * TENSOR + SHAPE + "6q")
 BACKWARD_PARAMS = struct.Struct("=" + 7 * TENSOR + SHAPE + "9q7i4x")
 KERNELS = {"forward": ("forward",), "backward": ("backward_queries", "backward_keys")}  # by direction
+# Where FORWARD_PARAMS has what differs from call to call, in 8-byte words.
+Q, K, V, OUT = (i * struct.calcsize("=" + TENSOR) // 8 for i in range(4))
+CU_SEQLENS = struct.calcsize("=" + 4 * TENSOR) // 8
+REMAINDER = struct.calcsize("=" + 4 * TENSOR + SHAPE) // 8
+OLDEST_CARRY, OLDEST_TILE, TICKET = (REMAINDER + i for i in (1, 2, 3))
 DTYPES = ("float16", "bfloat16")
 MIN_CAPABILITY = (8, 0)
 # Bytes of shared memory a block may have, by compute capability (CUDA programming guide); elsewhere what 8.6 and 12.0 have.
@@ -194,9 +199,9 @@ class PreparedForward:
     def params(self, call: Call, out, remainder, oldest_carry, oldest_tile, ticket=None) -> bytes:
         """What to launch with; oldest_carry, oldest_tile and ticket may be None."""
         words = self.words[:]
-        words[0], words[4], words[8], words[12] = call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr(), out.data_ptr()
-        words[16], words[-4] = _pointer(call.cu_seqlens), remainder.data_ptr()
-        words[-3], words[-2], words[-1] = _pointer(oldest_carry), _pointer(oldest_tile), _pointer(ticket)
+        words[Q], words[K], words[V], words[OUT] = call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr(), out.data_ptr()
+        words[CU_SEQLENS], words[REMAINDER] = _pointer(call.cu_seqlens), remainder.data_ptr()
+        words[OLDEST_CARRY], words[OLDEST_TILE], words[TICKET] = map(_pointer, (oldest_carry, oldest_tile, ticket))
         return words.tobytes()
 
 

@@ -41,7 +41,7 @@ def info(arguments) -> int:
 
 
 def explain(arguments) -> int:
-    """Backend, config and provenance of both passes of a problem, and every other backend's reason."""
+    """Backend, config with its provenance, and kernels of both passes of a problem, and every other backend's reason."""
     device = check_device(arguments.device)
     if arguments.dtype not in DTYPES:
         raise ValueError(f"--dtype {arguments.dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -69,6 +69,9 @@ def explain(arguments) -> int:
         out.print(f"  backend {choice.backend.name} (asked for by: {choice.asked_by})")
         values = " ".join(f"{name}={value}" for name, value in configs.to_dict(choice.config).items())
         out.print(f"  config  {values}  ({choice.provenance})")
+        kernels = choice.backend.kernels(p, choice.config)
+        if kernels is not None:
+            out.print(f"  kernels {escape(kernels)}")
     for name, reason in dispatch.reasons(problem).items():
         if name != choices[0].backend.name:
             backend, _ = registry.try_load(name)

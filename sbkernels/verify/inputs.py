@@ -185,6 +185,16 @@ def cases(large: bool) -> list[Case]:
         for current in (False, True)
     ]
     found += [Case("std10", lengths=(500, 3), D=50, Dv=64, skip=True)]
+    # Lengths and head dims that no tile divides; queries of which older keys see nothing, of one and of several blocks.
+    found += [
+        Case("std10", B=2, H=4, Hk=2, M=301, N=301, D=128, Dv=96, layout="bnhd", skip=True),
+        Case("ternary", B=2, M=257, N=390, D=128, Dv=128, layout="bnhd", attend_current=True),
+        Case("stop_at_edge", B=2, H=4, Hk=1, M=200, N=777, D=96, Dv=128, layout="packed"),
+        Case("std30", M=100, N=1000, D=64, Dv=64, skip=True),
+        Case("normal", B=3, H=4, Hk=2, M=40, N=700, D=80, Dv=24, layout="padded", attend_current=True, skip=True),
+        Case("plus_minus_30", B=2, M=129, N=200, D=128, Dv=8),
+        Case("critical", M=1000, N=1001, D=96, Dv=96, skip=True),
+    ]
     if large:
         found += [
             Case(regime, M=4096, N=4096, D=D, Dv=D, skip=skip)
