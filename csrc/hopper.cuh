@@ -106,21 +106,25 @@ template <int PENDING> SBK_FN void bulk_wait() { asm volatile("cp.async.bulk.wai
 // ... or still have shared memory to read.
 template <int PENDING> SBK_FN void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory"); }
 
-// box(shared, map, c0, ...) for each box of BLOCK keys from `row` on of a head: the tile's slabs lie slab_bytes apart.
+// box(shared, map, c0, ...) for each box of BLOCK keys from `row` on of a head (see MappedKeys): the tile's slabs lie slab_bytes apart.
 template <int BLOCK, int SLABS, typename Box>
 SBK_FN void each_box(const MappedKeys& x, unsigned tile, int slab_bytes, int batch, int head, int row, Box box) {
-  if (row < x.whole_rows) {
-    const int at = batch * x.batch_rows + row;
-#pragma unroll
-    for (int slab = 0; slab < SLABS; slab++)
-      box(tile + slab * slab_bytes, &x.blocks[at % 2], slab * SLAB_COLUMNS, 0, 0, at / 2, batch * x.batch_slices + head);
-  } else {
+  const int at = batch * x.batch_rows + row, slice = batch * x.batch_slices + head;
+  const bool whole = row < x.whole_rows, one = whole || (row >= x.rows && x.whole_rows > 0);  // all or nothing of it is there
 #pragma unroll 1
-    for (int i = 0; i < BLOCK / 2; i++)
+  for (int i = 0; i < (one ? 1 : BLOCK / 2); i++) {
+    const int eight = i / 4;
+    const bool longer = eight < x.longer, by_pair = !one && !longer && eight < x.shorter;
+    if (i % 4 != 0 && !by_pair) continue;
 #pragma unroll
-      for (int slab = 0; slab < SLABS; slab++)
-        box(tile + slab * slab_bytes + i * (2 * SLAB_ROW_BYTES), &x.pairs, slab * SLAB_COLUMNS, row + i % 4 * (BLOCK / 4) + i / 4 * 2, head,
-            batch);
+    for (int slab = 0; slab < SLABS; slab++) {
+      const unsigned to = tile + slab * slab_bytes + i * (2 * SLAB_ROW_BYTES);
+      if (by_pair)
+        box(to, &x.pairs, slab * SLAB_COLUMNS, row + i % 4 * (BLOCK / 4) + 2 * eight, head, batch);
+      else
+        box(to, one ? &x.blocks[at % 2] : &x.eights[!longer], slab * SLAB_COLUMNS, 0, one ? (whole ? 0 : 4) : longer ? 0 : x.shorter_quarter,
+            at / 2 + eight, slice);
+    }
   }
 }
 // Global -> shared; the bytes, zeros beyond the tensor included, count towards the barrier's phase.

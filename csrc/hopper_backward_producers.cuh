@@ -11,6 +11,7 @@ template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C
   auto load_tile = [&](const MappedKeys& x, char* tile, int barrier) {
     const unsigned full = barriers.at(barrier);
     barrier_arrive_expecting(full, C::K_BYTES);
+#pragma unroll 1
     for (int half = 0; half < 2; half++)
       load_keys<C::HALF_N, C::SLABS>(x, shared_address(tile) + half * C::HALF_BYTES, C::K_SLAB_BYTES, work.batch, work.key_head,
                                      work.tile * C::BLOCK_N + half * C::HALF_N, full);

@@ -39,8 +39,10 @@ SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, int half, co
   named_sync(OLDER_HALF + half, 128);
   if (threadIdx.x % 128 == 0) {
     const int row = s.work.tile * C::BLOCK_N + half * C::HALF_N;
-    store_keys<C::HALF_N, C::SLABS>(p.dv, dv_tile, C::K_SLAB_BYTES, s.work.batch, s.work.key_head, row);
-    store_keys<C::HALF_N, C::SLABS>(p.dk, dk_tile, C::Q_SLAB_BYTES, s.work.batch, s.work.key_head, row);
+#pragma unroll 1
+    for (int i = 0; i < 2; i++)  // dv, dk
+      store_keys<C::HALF_N, C::SLABS>(i ? p.dk : p.dv, i ? dk_tile : dv_tile, i ? C::Q_SLAB_BYTES : C::K_SLAB_BYTES, s.work.batch,
+                                      s.work.key_head, row);
     bulk_commit();
     bulk_wait<0>();
   }

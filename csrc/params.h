@@ -65,13 +65,17 @@ struct BackwardParams : BackwardArguments {
 struct alignas(128) TensorMap {
   unsigned char opaque[128];
 };
-// Keys of a tensor in the key order of tile.cuh, in blocks: those before row `whole_rows` by `blocks`, a box each, the others by
-// `pairs`, boxes of 2 rows, which end with each head's last row.
+// Keys of a tensor in the key order of tile.cuh, in blocks of 4 quarters: a box each before row `whole_rows`. The block with the last
+// rows goes by boxes of 8, a pair of rows of each quarter: the first `longer` of them by eights[0], which has one quarter more than
+// eights[1], those from `shorter` on by that; in between, and where nothing else can say it, 4 pairs, which end with each head's rows.
 struct MappedKeys {
   TensorMap blocks[2];  // [width, 2, 4, rows / 2, slices], from row 0 and from row 1 on: for blocks that start on an even and an odd row
+  TensorMap eights[2];  // [width, 2, quarters, rows / 2, slices]
   TensorMap pairs;      // as of rows
-  int whole_rows;
-  int batch_rows, batch_slices;  // what a batch entry is further on in `blocks`; a head is a slice
+  int whole_rows, rows;
+  int longer, shorter;
+  int shorter_quarter;           // the quarter its boxes start with: beyond the last where there are none
+  int batch_rows, batch_slices;  // what a batch entry is further on in blocks and eights; a head is a slice
 };
 
 struct HopperForwardParams {

@@ -58,16 +58,30 @@ MappedKeys map_keys(const char* name, const Tensor& x, bool is_half, int batch, 
   MappedKeys made;
   const bool in_slices = batch == 1 || heads == 1 || x.stride_b == heads * x.stride_h;
   const bool in_rows = !in_slices && x.stride_b == rows * x.stride_row;
-  made.whole_rows = in_slices || in_rows ? rows / MAP_TILE * MAP_TILE : 0;
+  made.rows = rows;
+  made.whole_rows = in_slices || in_rows ? rows / block * block : 0;
   made.batch_rows = in_rows ? rows : 0;
   made.batch_slices = in_rows ? 0 : heads;
   const int slices = in_rows ? heads : batch * heads, all_rows = in_rows ? batch * rows : rows;
   const int64 slice = heads > 1 ? x.stride_h : stride(x.stride_b, batch);
-  for (int first = 0; made.whole_rows > 0 && first <= made.batch_rows % 2; first++) {
+  const int parities = made.whole_rows == 0 ? 0 : 1 + made.batch_rows % 2;
+  const auto encode_from = [&](TensorMap& map, int first, int quarters, int pairs) {
     Tensor from = x;
     from.data = static_cast<char*>(x.data) + first * x.stride_row * BYTES;
-    encode<5>(made.blocks[first], name, from, is_half, {cuuint64_t(width), 2, 4, cuuint64_t((all_rows - first) / 2), cuuint64_t(slices)},
-              {x.stride_row, block / 4 * x.stride_row, 2 * x.stride_row, slice}, {MAP_COLUMNS, 2, 4, cuuint32_t(block / 8), 1});
+    encode<5>(map, name, from, is_half, {cuuint64_t(width), 2, cuuint64_t(quarters), cuuint64_t((all_rows - first) / 2), cuuint64_t(slices)},
+              {x.stride_row, block / 4 * x.stride_row, 2 * x.stride_row, slice}, {MAP_COLUMNS, 2, 4, cuuint32_t(pairs), 1});
+  };
+  for (int first = 0; first < parities; first++) encode_from(made.blocks[first], first, 4, block / 8);
+
+  // The last block: whole quarters, and rows of the one behind them.
+  const int quarters = rows % block / (block / 4), rest = rows % (block / 4);
+  const bool by_eights = parities == 1 && rows % block != 0;
+  made.longer = by_eights ? rest / 2 : 0;
+  made.shorter = by_eights ? (rest + 1) / 2 : block / 8;
+  made.shorter_quarter = quarters > 0 ? 0 : 1;
+  if (by_eights) {
+    encode_from(made.eights[0], 0, quarters + 1, 1);
+    encode_from(made.eights[1], 0, quarters > 0 ? quarters : 1, 1);
   }
   if (made.whole_rows < rows) made.pairs = map_rows(name, x, is_half, batch, heads, rows, width, 2);
   return made;

@@ -5,7 +5,6 @@
 namespace sbk {
 
 constexpr int MAP_COLUMNS = 64;  // of a box: rows of 128 bytes, swizzled
-constexpr int MAP_TILE = 128;    // keys of a kernel's tile: only whole ones go by blocks
 
 // Rows of a tensor [batch, heads, rows, width] of 16-bit elements (is_half: float16, else bfloat16) in boxes of box_rows by 64. What
 // lies beyond the rows or columns of a head is read as zeros, and not written. Strides: multiples of 16 bytes.

@@ -18,7 +18,7 @@ from .launches import CudaForward, Launch, ceil_div
 CAPABILITY = (9, 0)
 BLOCK_M, BLOCK_N = 64, 128  # of the backward
 MAX_WIDTH = 128
-# Fewer take the portable kernels less time: a tile that is not whole takes 64 copies instead of 1 (csrc/hopper.cuh, each_box).
+# Fewer take the portable kernels less time: a tile that is not whole takes 16 copies instead of 1 (csrc/hopper.cuh, each_box).
 MIN_KEYS = 128
 
 
