@@ -12,7 +12,14 @@ import build_cuda  # noqa: E402
 
 # Folders whose bare names would collide with other people's packages live inside the sbkernels namespace.
 MAPPED = {"triton_kernels": "triton_kernels", "tuning": "tuning", "csrc": "csrc"}
-PACKAGES = ["sbkernels", "sbkernels.backends", "sbkernels.bench", "sbkernels.cli", "sbkernels.verify"]
+PACKAGES = [
+    "sbkernels",
+    "sbkernels.backends",
+    "sbkernels.bench",
+    "sbkernels.cli",
+    "sbkernels.verify",
+    "sbkernels.verify.properties",
+]
 
 EXTENSION = "sbkernels._C"
 

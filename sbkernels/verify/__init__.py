@@ -2,7 +2,7 @@
 
 inputs.py      regimes of logits, memory layouts, and cases that combine them
 tolerance.py   the same-precision baseline and the one comparator
-properties.py  what must hold whatever the inputs, by name
+properties/    what must hold whatever the inputs, by name
 run.py         registry x cases x dtypes, findings, summary
 record.py      what was verified where, and whether that still describes these sources
 """
