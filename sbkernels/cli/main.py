@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--dtype", action="append", help="only this dtype (repeatable)")
     verify.add_argument("--quick", action="store_true", help="the small set of cases")
     verify.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes; on a GPU they mostly compile")
+    verify.add_argument("--mutants", action="store_true", help="instead, see that every planted wrong implementation is caught")
     verify.add_argument("--record", metavar="FILE", help="store what was verified, with environment and source hashes")
     verify.add_argument(
         "--check-record", nargs="*", metavar="FILE", help="only say whether records describe the present sources; default: all"

@@ -10,6 +10,7 @@ from ..dispatch import BackendError, availability_text
 from ..verify import record
 from ..verify import run as harness
 from .main import EXCEEDED, INTERRUPTED, OK
+from .mutants import mutants
 from .shared import backend_names, check_device, check_dtypes, label, out, progress_bar, table
 
 
@@ -17,6 +18,8 @@ def verify(arguments) -> int:
     """Exit status 1 when a case fails, or a record is stale."""
     if arguments.check_record is not None:
         return check_records([pathlib.Path(p) for p in arguments.check_record] or sorted(record.FOLDER.glob("*.json")))
+    if arguments.mutants:
+        return mutants(arguments)
     device = check_device(arguments.device)
     jobs, missing = harness.plan(device, backend_names(arguments.backend), check_dtypes(arguments.dtype), arguments.quick)
     if not jobs:

@@ -10,9 +10,11 @@ import torch
 
 STOP = 150.0  # a logit that takes the whole stick: exp(-150) is 0 beside anything
 DRAWN_ON_DEVICE = 2**22  # from this many numbers on, drawing them on the CPU takes longer than all else
+FADING_LOGIT = -3.6  # mean logit with which the stick lasts some hundred keys: what is between a stop too early and one in time
 ALIVE_LOGIT = -6.0  # mean logit of the problems that are timed: over some thousand keys the stick is used up slowly
 REGIMES = (
     "normal", "critical", "negative", "std10", "std30", "plus_minus_30", "plus_minus_150", "ternary", "stop_at_edge", "zero",
+    "fading",
 )  # fmt: skip
 LAYOUTS = ("bhnd", "bnhd", "packed", "padded", "transposed", "broadcast")
 TILE = 64  # the tile edge stop_at_edge and the shapes aim at: a multiple of every backend's
@@ -48,8 +50,8 @@ def key_bias(regime: str, N: int, generator: torch.Generator) -> torch.Tensor | 
     pick = torch.rand(N, generator=generator, device=generator.device)
     if regime == "critical":
         return torch.full((N,), -math.log(max(N, 2)), device=generator.device)
-    if regime == "alive":
-        return torch.full((N,), ALIVE_LOGIT, device=generator.device)
+    if regime in ("alive", "fading"):
+        return torch.full((N,), ALIVE_LOGIT if regime == "alive" else FADING_LOGIT, device=generator.device)
     if regime == "negative":
         return torch.full((N,), -15.0, device=generator.device)
     if regime in ("plus_minus_30", "plus_minus_150"):

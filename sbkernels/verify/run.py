@@ -155,7 +155,7 @@ def plan(device: str, names=None, dtypes=None, quick: bool = False):
 
 
 def run_job(job, device: str, cache: dict) -> Outcome:
-    """One job of `plan`; cache keeps the last case's inputs and expectation, which backends share."""
+    """One job of `plan`; cache keeps cases' inputs and expectations, which backends share."""
     name, variant, dtype, what = job
     backend = registry.load(name)
     outcome = Outcome(name, variant, dtype, str(what))
@@ -169,7 +169,6 @@ def run_job(job, device: str, cache: dict) -> Outcome:
         else:
             key = (what, dtype, device)
             if key not in cache:
-                cache.clear()
                 x = inputs.make(what, DTYPES[dtype], device)
                 cache[key] = (x, expectation(x))
             x, expected = cache[key]

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..inputs import STOP
-from ..tolerance import SIGMAS, USED_UP
+from ..tolerance import OUTPUTS, SIGMAS, USED_UP
 from .lab import Lab, Result, check, largest, same
 
 
@@ -140,6 +140,19 @@ def gradient_of_constant_values_alone(lab: Lab) -> Result:
     exact = moved * beta * (1 - beta) ** n * n
     # Each dz is rounded to the dtype, and so is their sum; before that, it is the difference of sums of up to beta |do . c| each.
     return [("dq", largest(dq[..., 0].double() - exact), 2 * lab.u * largest(exact) + lab.e * largest(moved) * beta * lab.N)]
+
+
+@check
+def scale_of_logits(lab: Lab) -> Result:
+    """Four times the scale on a quarter of q gives the same bits, and four times dq."""
+    x = lab.inputs("normal")
+    q = x.q / 4
+    scale = lab.D**-0.5
+    results = lab.gradients(q * 4, x.k, x.v, x.dout, x.dremainder, scale=scale)
+    given = lab.gradients(q, x.k, x.v, x.dout, x.dremainder, scale=4 * scale)
+    normal = results[2].abs() > 2**4 * torch.finfo(lab.dtype).smallest_normal  # below, roundings are absolute
+    bits = [same(name, a, b) for name, a, b in zip(OUTPUTS, results, given, strict=True) if name != "dq"]
+    return [*bits, same("dq", 4 * results[2][normal], given[2][normal])]
 
 
 @check

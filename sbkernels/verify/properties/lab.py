@@ -56,7 +56,8 @@ class Lab:
     def attend(self, q, k, v, **options):
         """out, remainder without early stop unless asked for."""
         options = {"skip_below": 0.0} | options
-        with self.around(describe(*(x.detach() for x in (q, k, v)), **options)):
+        described = {name: value for name, value in options.items() if name != "scale"}
+        with self.around(describe(*(x.detach() for x in (q, k, v)), **described)):
             return stickbreaking_attention(q, k, v, **options)
 
     def attend_packed(self, q, k, v, lengths: list[int]):
