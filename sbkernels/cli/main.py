@@ -54,6 +54,16 @@ def parser() -> argparse.ArgumentParser:
         "--check-record", nargs="*", metavar="FILE", help="only say whether records describe the present sources; default: all"
     )
 
+    fuzz = commands.add_parser("fuzz", help="random problems against the reference; failures are made small and remembered")
+    fuzz.add_argument("--backend", action="append", help="only this backend (repeatable)")
+    fuzz.add_argument("--seeds", type=int, default=300, metavar="N", help="how many problems; default: 300")
+    fuzz.add_argument("--first-seed", type=int, default=0, metavar="N")
+    fuzz.add_argument("--minutes", type=float, metavar="M", help="for each backend at most")
+    fuzz.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes; on a GPU they mostly compile")
+    fuzz.add_argument("--case", metavar="TEXT", help="run one problem, as a failure prints it")
+    fuzz.add_argument("--corpus", metavar="FILE", help="where failures go; default: the one pytest replays, tests/data/fuzz.txt")
+    fuzz.add_argument("--record", metavar="FILE", help="store what was run, with environment and source hashes")
+
     db = commands.add_parser("db", help="the tuning database: what is in it, export, import")
     db.add_argument("action", choices=("show", "export", "import"))
     db.add_argument("files", nargs="*", metavar="FILE", help="export: where to; import: exports to take in")
@@ -74,11 +84,11 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, stderr=True)
     try:
         arguments.device = arguments.device or default_device()
-        from . import compare, db, explain, softplus, verify
+        from . import compare, db, explain, fuzz, softplus, verify
 
         commands = {
             "info": explain.info, "explain": explain.explain, "compare": compare.compare, "verify": verify.verify,
-            "softplus": softplus.softplus, "db": db.db,
+            "softplus": softplus.softplus, "db": db.db, "fuzz": fuzz.fuzz,
         }  # fmt: skip
         return commands[arguments.command](arguments)
     except KeyboardInterrupt:

@@ -16,9 +16,9 @@ from ..backends.base import guarded_outputs
 from ..dispatch import use_backend
 from ..problem import DTYPES, describe
 from . import inputs, properties, tolerance
+from .inputs import SKIP_BELOW as SKIP_BELOW
 from .tolerance import Finding
 
-SKIP_BELOW = 2.0**-24
 DEADLINE_SECONDS = 300.0  # of a case, with the start of its process and what it compiles
 
 
@@ -43,8 +43,8 @@ class Outcome:
 def problem_of(x: inputs.Inputs):
     """The forward Problem the API will make of these inputs."""
     lengths = {"cu_seqlens": x.cu_seqlens, "max_seqlen": max(x.case.lengths)} if x.case.lengths else {}
-    skip_below = SKIP_BELOW if x.case.skip else 0.0
-    return describe(x.q, x.k, x.v, attend_current=x.case.attend_current, skip_below=skip_below, **lengths)
+    options = {name: value for name, value in x.case.options.items() if name != "scale"}
+    return describe(x.q, x.k, x.v, **options, **lengths)
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def attend(x: inputs.Inputs) -> tuple[torch.Tensor, ...]:
     """out, remainder, dq, dk, dv in canonical order, through the public API, with poisoned and guarded outputs."""
     case = x.case
     q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
-    options = {"attend_current": case.attend_current, "skip_below": SKIP_BELOW if case.skip else 0.0}
+    options = case.options
     with guarded_outputs():
         if case.lengths:
             flat = [t[0].transpose(0, 1) for t in (q, k, v)]
@@ -92,12 +92,8 @@ def expectation(x: inputs.Inputs) -> list[tuple[slice, tolerance.Expected]]:
     """Reference, baseline and floor by stretch of tokens: one for a dense case, one a sequence for varlen."""
     case, bounds = x.case, x.cu_seqlens.tolist() if x.case.lengths else None
     spans = [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a] if bounds else [slice(None)]
-    skip_below = SKIP_BELOW if case.skip else 0.0
     tensors = (x.q, x.k, x.v, x.dout, x.dremainder)
-    return [
-        (span, tolerance.expect(*(t[:, :, span] for t in tensors), attend_current=case.attend_current, skip_below=skip_below))
-        for span in spans
-    ]
+    return [(span, tolerance.expect(*(t[:, :, span] for t in tensors), **case.options)) for span in spans]
 
 
 def judge(got: tuple[torch.Tensor, ...], expected) -> list[Finding]:
@@ -120,6 +116,11 @@ def check_property(lab: properties.Lab, name: str) -> list[Finding]:
     return found
 
 
+def probe(device: str, dtype: torch.dtype = torch.float16):
+    """A small Problem, to ask backends what they take."""
+    return problem_of(inputs.make(inputs.Case(), dtype, device))
+
+
 def targets(device: str, names: tuple[str, ...] | None):
     """(backend, variant) of every registered backend that loads, and {name: reason} of the others."""
     found, missing = [], {}
@@ -128,7 +129,7 @@ def targets(device: str, names: tuple[str, ...] | None):
         if backend is None:
             missing[name] = reason
             continue
-        problem = problem_of(inputs.make(inputs.Case(), torch.float16, device))
+        problem = probe(device)
         found += [(backend, variant) for variant in ("", *backend.variants(problem))]
     return found, missing
 
@@ -140,12 +141,12 @@ def plan(device: str, names=None, dtypes=None, quick: bool = False):
     for backend, variant in found:
         reasons = set()
         for dtype in dtypes or DTYPES:
-            probe = problem_of(inputs.make(inputs.Case(), DTYPES[dtype], device))
-            reason = backend.unsupported(probe)
+            problem = probe(device, DTYPES[dtype])
+            reason = backend.unsupported(problem)
             if reason:
                 reasons.add(reason)
                 continue
-            small = quick or backend.slow(probe) is not None
+            small = quick or backend.slow(problem) is not None
             cases = inputs.small_cases() if small else inputs.cases(large=device != "cpu" and dtype in ("float16", "bfloat16"))
             jobs += [(backend.name, variant, dtype, case) for case in cases]
             jobs += [(backend.name, variant, dtype, name) for name in properties.PROPERTIES]
@@ -162,7 +163,7 @@ def run_job(job, device: str, cache: dict) -> Outcome:
     begin = time.perf_counter()
     try:
         if isinstance(what, str):
-            small = backend.slow(problem_of(inputs.make(inputs.Case(), DTYPES[dtype], device))) is not None
+            small = backend.slow(probe(device, DTYPES[dtype])) is not None
             around = functools.partial(variant_of, backend, variant)
             lab = properties.Lab(around, DTYPES[dtype], device, *((40, 16) if small else (100, 32)))
             outcome.findings = check_property(lab, what)
@@ -205,12 +206,13 @@ def run(jobs, device: str, progress, processes: int = 1, deadline: float = DEADL
             for job in group:
                 progress(run_job(job, device, cache))
         return
-    with contextlib.closing(workers.run(functools.partial(_work, device=device), groups(jobs), processes, deadline)) as results:
+    with contextlib.closing(workers.run(functools.partial(work, device=device), groups(jobs), processes, deadline)) as results:
         for job, outcome, lost in results:
             progress(outcome or Outcome(*job[:3], str(job[3]), error=lost))
 
 
-def _work(job, cache: dict, device: str):
+def work(job, cache: dict, device: str):
+    """`run_job` for `workers.run`."""
     outcome = run_job(job, device, cache)
     if outcome.error and device != "cpu":
         try:

@@ -8,10 +8,8 @@ import functools
 import time
 from collections.abc import Callable
 
-import torch
-
 from ... import registry, workers
-from .. import inputs, run
+from .. import run
 from .mutant import CONTROLS, Mutant, planted
 from .switches import SWITCHES
 from .wrappers import MUTANTS
@@ -53,7 +51,7 @@ def plan(backend: str, device: str, dtype: str | None = None) -> list:
 
 def slow(backend: str, device: str) -> str | None:
     """Why the backend is to be left alone here unless it is asked for."""
-    return registry.load(backend).slow(run.problem_of(inputs.make(inputs.Case(), torch.float16, device)))
+    return registry.load(backend).slow(run.probe(device))
 
 
 # What the cases compare with, from mutant to mutant of a process.
