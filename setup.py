@@ -69,7 +69,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"sbkernels": "sbkernels"} | {f"sbkernels.{name}": folder for name, folder in MAPPED.items()},
     packages=PACKAGES + [f"sbkernels.{name}" for name in MAPPED],
-    package_data={"sbkernels.csrc": ["*.cuh", "*.h", "*.cu", "*.cpp"]},
+    package_data={"sbkernels.csrc": ["*.cuh", "*.h", "*.cu", "*.cpp"], "sbkernels.verify": ["*.cu"]},
     ext_modules=[Extension(EXTENSION, sources=[])],
     cmdclass={"build_ext": BuildExtension},
     install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "rich>=13", "safetensors>=0.4"],

@@ -64,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
     fuzz.add_argument("--corpus", metavar="FILE", help="where failures go; default: the one pytest replays, tests/data/fuzz.txt")
     fuzz.add_argument("--record", metavar="FILE", help="store what was run, with environment and source hashes")
 
+    sanitize = commands.add_parser("sanitize", help="compute-sanitizer over a fixed set of problems, and over planted bugs")
+    sanitize.add_argument("--backend", action="append", help="only this backend (repeatable)")
+    sanitize.add_argument("--tool", action="append", help="memcheck, racecheck, initcheck or synccheck (repeatable); default: all")
+    sanitize.add_argument("--record", metavar="FILE", help="store what was found, with environment and source hashes")
+
     db = commands.add_parser("db", help="the tuning database: what is in it, export, import")
     db.add_argument("action", choices=("show", "export", "import"))
     db.add_argument("files", nargs="*", metavar="FILE", help="export: where to; import: exports to take in")
@@ -84,11 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, stderr=True)
     try:
         arguments.device = arguments.device or default_device()
-        from . import compare, db, explain, fuzz, softplus, verify
+        from . import compare, db, explain, fuzz, sanitize, softplus, verify
 
         commands = {
             "info": explain.info, "explain": explain.explain, "compare": compare.compare, "verify": verify.verify,
             "softplus": softplus.softplus, "db": db.db, "fuzz": fuzz.fuzz,
+            "sanitize": sanitize.sanitize,
         }  # fmt: skip
         return commands[arguments.command](arguments)
     except KeyboardInterrupt:
