@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--dtype", action="append", help="only this dtype (repeatable)")
     verify.add_argument("--quick", action="store_true", help="the small set of cases")
     verify.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes; on a GPU they mostly compile")
+    verify.add_argument("--details", action="store_true", help="print every check of every backend")
+    verify.add_argument("--html", metavar="FILE", help="write the report as a section of an HTML page")
     verify.add_argument("--mutants", action="store_true", help="instead, see that every planted wrong implementation is caught")
     verify.add_argument("--record", metavar="FILE", help="store what was verified, with environment and source hashes")
     verify.add_argument(
@@ -69,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     sanitize.add_argument("--tool", action="append", help="memcheck, racecheck, initcheck or synccheck (repeatable); default: all")
     sanitize.add_argument("--record", metavar="FILE", help="store what was found, with environment and source hashes")
 
+    stress = commands.add_parser("stress", help="the same bits a thousand times under load; graph replay, streams, devices")
+    stress.add_argument("--backend", action="append", help="only this backend (repeatable)")
+    stress.add_argument("--runs", type=int, default=1000, metavar="N", help="of each problem, forward and backward; default: 1000")
+    stress.add_argument("--record", metavar="FILE", help="store the rows, with environment and source hashes")
+
     db = commands.add_parser("db", help="the tuning database: what is in it, export, import")
     db.add_argument("action", choices=("show", "export", "import"))
     db.add_argument("files", nargs="*", metavar="FILE", help="export: where to; import: exports to take in")
@@ -89,12 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, stderr=True)
     try:
         arguments.device = arguments.device or default_device()
-        from . import compare, db, explain, fuzz, sanitize, softplus, verify
+        from . import compare, db, explain, fuzz, sanitize, softplus, stress, verify
 
         commands = {
             "info": explain.info, "explain": explain.explain, "compare": compare.compare, "verify": verify.verify,
             "softplus": softplus.softplus, "db": db.db, "fuzz": fuzz.fuzz,
-            "sanitize": sanitize.sanitize,
+            "sanitize": sanitize.sanitize, "stress": stress.stress,
         }  # fmt: skip
         return commands[arguments.command](arguments)
     except KeyboardInterrupt:

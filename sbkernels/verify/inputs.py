@@ -232,6 +232,8 @@ def cases(large: bool) -> list[Case]:
     found += [Case(M=n, N=n, attend_current=n % 2 == 0, skip=n > TILE) for n in edges]
     found += [Case(M=m, N=n, attend_current=m % 2 == 0) for m, n in ((1, 2), (1, 200), (2, 65), (64, 128), (63, 500), (500, 501))]
     found += [Case(layout=layout, B=2, H=4, M=90, N=100, D=64, Dv=64, skip=True) for layout in LAYOUTS]
+    found += [Case(strides=(memory,) * 4, B=2, H=4, M=90, N=100) for memory in MEMORY if memory not in LAYOUTS]
+    found += [Case(strides=("bhnd", "bhnd", "bhnd", EXPANDED), M=90, N=100)]
     found += [Case(D=D, Dv=Dv, M=150, N=150) for D, Dv in ((16, 16), (50, 80), (80, 50), (96, 96), (128, 64), (64, 128))]
     found += [Case(D=D, Dv=D, M=192, N=192, skip=D > 200) for D in (128, 192, 256)]
     found += [Case(H=H, Hk=Hk, M=100, N=170, skip=Hk == 1) for H, Hk in ((4, 2), (4, 1), (6, 2), (8, 8))]

@@ -155,35 +155,43 @@ def plan(device: str, names=None, dtypes=None, quick: bool = False):
     return jobs, missing
 
 
-def run_job(job, device: str, cache: dict) -> Outcome:
-    """One job of `plan`; cache keeps cases' inputs and expectations, which backends share."""
-    name, variant, dtype, what = job
-    backend = registry.load(name)
-    outcome = Outcome(name, variant, dtype, str(what))
+def checked(outcome: Outcome, findings) -> Outcome:
+    """The outcome with what findings() returns, or with why there is nothing; and how long that took."""
     begin = time.perf_counter()
     try:
-        if isinstance(what, str):
-            small = backend.slow(probe(device, DTYPES[dtype])) is not None
-            around = functools.partial(variant_of, backend, variant)
-            lab = properties.Lab(around, DTYPES[dtype], device, *((40, 16) if small else (100, 32)))
-            outcome.findings = check_property(lab, what)
-        else:
-            key = (what, dtype, device)
-            if key not in cache:
-                x = inputs.make(what, DTYPES[dtype], device)
-                cache[key] = (x, expectation(x))
-            x, expected = cache[key]
-            problem = problem_of(x)
-            outcome.skipped = why_not(backend, variant, problem)
-            if not outcome.skipped:
-                with variant_of(backend, variant, problem):
-                    outcome.findings = judge(attend(x), expected)
+        outcome.findings = findings()
     except properties.NotHere as reason:
         outcome.skipped = str(reason)
     except Exception as error:  # a crash is a finding too: the harness goes on
         outcome.error = f"{type(error).__name__}: {error}"
     outcome.seconds = time.perf_counter() - begin
     return outcome
+
+
+def run_job(job, device: str, cache: dict) -> Outcome:
+    """One job of `plan`; cache keeps cases' inputs and expectations, which backends share."""
+    name, variant, dtype, what = job
+    backend = registry.load(name)
+
+    def findings() -> list[Finding]:
+        if isinstance(what, str):
+            small = backend.slow(probe(device, DTYPES[dtype])) is not None
+            around = functools.partial(variant_of, backend, variant)
+            lab = properties.Lab(around, DTYPES[dtype], device, *((40, 16) if small else (100, 32)))
+            return check_property(lab, what)
+        key = (what, dtype, device)
+        if key not in cache:
+            x = inputs.make(what, DTYPES[dtype], device)
+            cache[key] = (x, expectation(x))
+        x, expected = cache[key]
+        problem = problem_of(x)
+        reason = why_not(backend, variant, problem)
+        if reason:
+            raise properties.NotHere(reason)
+        with variant_of(backend, variant, problem):
+            return judge(attend(x), expected)
+
+    return checked(Outcome(name, variant, dtype, str(what)), findings)
 
 
 def groups(jobs) -> list[list]:

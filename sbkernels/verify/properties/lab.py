@@ -22,7 +22,7 @@ PROPERTIES: dict[str, Callable[[Lab], Result]] = {}
 
 
 class NotHere(Exception):
-    """Why a property cannot be checked on this machine."""
+    """Why there is nothing to check on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
