@@ -12,7 +12,14 @@ import build_cuda  # noqa: E402
 
 # Folders whose bare names would collide with other people's packages live inside the sbkernels namespace.
 MAPPED = {"triton_kernels": "triton_kernels", "tuning": "tuning", "csrc": "csrc"}
-PACKAGES = ["sbkernels", "sbkernels.backends", "sbkernels.bench", "sbkernels.cli", "sbkernels.verify"]
+PACKAGES = [
+    "sbkernels",
+    "sbkernels.backends",
+    "sbkernels.bench",
+    "sbkernels.cli",
+    "sbkernels.verify",
+    "sbkernels.verify.properties",
+]
 
 EXTENSION = "sbkernels._C"
 
@@ -63,7 +70,11 @@ setup(
     python_requires=">=3.10",
     package_dir={"sbkernels": "sbkernels"} | {f"sbkernels.{name}": folder for name, folder in MAPPED.items()},
     packages=PACKAGES + [f"sbkernels.{name}" for name in MAPPED],
-    package_data={"sbkernels.csrc": ["*.cuh", "*.h", "*.cu", "*.cpp"], "sbkernels.tuning": ["data/*.json"]},
+    package_data={
+        "sbkernels.csrc": ["*.cuh", "*.h", "*.cu", "*.cpp"],
+        "sbkernels.tuning": ["data/*.json"],
+        "sbkernels.verify": ["*.cu"],
+    },
     ext_modules=[Extension(EXTENSION, sources=[])],
     cmdclass={"build_ext": BuildExtension},
     install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "rich>=13", "safetensors>=0.4"],

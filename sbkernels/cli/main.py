@@ -48,10 +48,33 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--dtype", action="append", help="only this dtype (repeatable)")
     verify.add_argument("--quick", action="store_true", help="the small set of cases")
     verify.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes; on a GPU they mostly compile")
+    verify.add_argument("--details", action="store_true", help="print every check of every backend")
+    verify.add_argument("--html", metavar="FILE", help="write the report as a section of an HTML page")
+    verify.add_argument("--mutants", action="store_true", help="instead, see that every planted wrong implementation is caught")
     verify.add_argument("--record", metavar="FILE", help="store what was verified, with environment and source hashes")
     verify.add_argument(
         "--check-record", nargs="*", metavar="FILE", help="only say whether records describe the present sources; default: all"
     )
+
+    fuzz = commands.add_parser("fuzz", help="random problems against the reference; failures are made small and remembered")
+    fuzz.add_argument("--backend", action="append", help="only this backend (repeatable)")
+    fuzz.add_argument("--seeds", type=int, default=300, metavar="N", help="how many problems; default: 300")
+    fuzz.add_argument("--first-seed", type=int, default=0, metavar="N")
+    fuzz.add_argument("--minutes", type=float, metavar="M", help="for each backend at most")
+    fuzz.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes; on a GPU they mostly compile")
+    fuzz.add_argument("--case", metavar="TEXT", help="run one problem, as a failure prints it")
+    fuzz.add_argument("--corpus", metavar="FILE", help="where failures go; default: the one pytest replays, tests/data/fuzz.txt")
+    fuzz.add_argument("--record", metavar="FILE", help="store what was run, with environment and source hashes")
+
+    sanitize = commands.add_parser("sanitize", help="compute-sanitizer over a fixed set of problems, and over planted bugs")
+    sanitize.add_argument("--backend", action="append", help="only this backend (repeatable)")
+    sanitize.add_argument("--tool", action="append", help="memcheck, racecheck, initcheck or synccheck (repeatable); default: all")
+    sanitize.add_argument("--record", metavar="FILE", help="store what was found, with environment and source hashes")
+
+    stress = commands.add_parser("stress", help="the same bits a thousand times under load; graph replay, streams, devices")
+    stress.add_argument("--backend", action="append", help="only this backend (repeatable)")
+    stress.add_argument("--runs", type=int, default=1000, metavar="N", help="of each problem, forward and backward; default: 1000")
+    stress.add_argument("--record", metavar="FILE", help="store the rows, with environment and source hashes")
 
     tune = commands.add_parser("tune", help="find the fastest configs for this machine and keep them in the tuning database")
     tune.add_argument("--set", help="problems: training (default on a GPU) or small (default on a CPU)")
@@ -90,11 +113,12 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, stderr=True)
     try:
         arguments.device = arguments.device or default_device()
-        from . import compare, db, explain, softplus, tune, verify
+        from . import compare, db, explain, fuzz, sanitize, softplus, stress, tune, verify
 
         commands = {
             "info": explain.info, "explain": explain.explain, "compare": compare.compare, "verify": verify.verify,
-            "softplus": softplus.softplus, "db": db.db, "tune": tune.command,
+            "softplus": softplus.softplus, "db": db.db, "tune": tune.command, "fuzz": fuzz.fuzz,
+            "sanitize": sanitize.sanitize, "stress": stress.stress,
         }  # fmt: skip
         return commands[arguments.command](arguments)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .. import dispatch, env
 from ..problem import DTYPES
+from ..verify.report import label as label
 
 NAMES = ("backend", "pass", "dtype", "name", "variant")  # columns that never wrap
 # Tables need this many columns; where output is no terminal, nothing else says how wide it may be.
@@ -67,8 +68,3 @@ def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
         numbers = column in right or column in NAMES
         made.add_column(column, justify="right" if column in right else "left", no_wrap=numbers, overflow="fold")
     return made
-
-
-def label(backend: str, variant: str) -> str:
-    """How a backend's variant is called in tables."""
-    return f"{backend} ({variant})" if variant else backend

@@ -8,8 +8,10 @@ from rich.markup import escape
 
 from ..dispatch import BackendError, availability_text
 from ..verify import record
+from ..verify import report as reporting
 from ..verify import run as harness
 from .main import EXCEEDED, INTERRUPTED, OK
+from .mutants import mutants
 from .shared import backend_names, check_device, check_dtypes, label, out, progress_bar, table
 
 
@@ -17,6 +19,8 @@ def verify(arguments) -> int:
     """Exit status 1 when a case fails, or a record is stale."""
     if arguments.check_record is not None:
         return check_records([pathlib.Path(p) for p in arguments.check_record] or sorted(record.FOLDER.glob("*.json")))
+    if arguments.mutants:
+        return mutants(arguments)
     device = check_device(arguments.device)
     jobs, missing = harness.plan(device, backend_names(arguments.backend), check_dtypes(arguments.dtype), arguments.quick)
     if not jobs:
@@ -54,17 +58,43 @@ def verify(arguments) -> int:
         )
     out.print(made)
     out.print("worst: error over its bound, above 1 is a failure. rel. L2: the largest of any case.", style="dim")
-    for name, reason in missing.items():
-        out.print(f"cannot run here: {name}: {escape(reason)}")
+    found = reporting.report(outcomes, missing, len(jobs))
+    print_report(found, arguments.details)
     failed = sum(not outcome.ok for outcome in outcomes)
     if interrupted:
         out.print(f"interrupted after {len(outcomes)} of {len(jobs)}, {failed} failed; nothing was recorded")
         return INTERRUPTED
     if arguments.record:
-        record.write(arguments.record, "verify", rows, device=device, failed=failed, cases=len(outcomes))
+        record.write(arguments.record, "verify", rows, device=device, failed=failed, cases=len(outcomes), report=found)
         out.print(f"recorded in {arguments.record}")
-    out.print(f"{len(outcomes) - failed} passed, {failed} failed")
+    if arguments.html:
+        pathlib.Path(arguments.html).write_text(reporting.section(found), encoding="utf-8")
+        out.print(f"written to {arguments.html}")
+    out.print(f"{found['ran'] - failed} passed, {failed} failed, {found['skipped']} skipped")
     return EXCEEDED if failed else OK
+
+
+def print_report(found: dict, details: bool) -> None:
+    """Coverage and what was skipped; with details every check of every backend."""
+    backends = list(dict.fromkeys(row["backend"] for row in found["checks"]))
+    if details:
+        numbers = ("run", "skipped", "failed", "worst", "seconds")
+        made = table("checks", "backend", "check", *numbers, "worst at", right=numbers)
+        for row in found["checks"]:
+            seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+            counts = (str(row[name]) for name in numbers[:3])
+            made.add_row(row["backend"], row["check"], *counts, f"{row['worst']:.2f}", seconds, escape(row["where"]))
+        out.print(made)
+    made = table("coverage: cases run, and skipped where any were", "feature", *backends, right=tuple(backends))
+    for feature, counts in found["coverage"].items():
+        cells = (f"{ran} ({skipped} skipped)" if skipped else str(ran) for ran, skipped in (counts[name] for name in backends))
+        made.add_row(feature, *cells)
+    out.print(made)
+    out.print(reporting.totals(found))
+    for row in found["reasons"]:
+        out.print(f"skipped: {row['count']} of {row['backend']}: {escape(row['reason'])}")
+    for name, reason in found["missing"].items():
+        out.print(f"cannot run here: {name}: {escape(reason)}")
 
 
 def describe(outcome: harness.Outcome) -> str:

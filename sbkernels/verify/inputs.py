@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import itertools
 import math
+import re
 
 import torch
 
 STOP = 150.0  # a logit that takes the whole stick: exp(-150) is 0 beside anything
 DRAWN_ON_DEVICE = 2**22  # from this many numbers on, drawing them on the CPU takes longer than all else
+FADING_LOGIT = -3.6  # mean logit with which the stick lasts some hundred keys: what is between a stop too early and one in time
 ALIVE_LOGIT = -6.0  # mean logit of the problems that are timed: over some thousand keys the stick is used up slowly
 REGIMES = (
     "normal", "critical", "negative", "std10", "std30", "plus_minus_30", "plus_minus_150", "ternary", "stop_at_edge", "zero",
+    "fading",
 )  # fmt: skip
 LAYOUTS = ("bhnd", "bnhd", "packed", "padded", "transposed", "broadcast")
+MEMORY = (*LAYOUTS, "sliced", "offset", "one_entry")  # how a tensor can lie in memory with a last stride of 1
+EXPANDED = "scalar"  # and how a gradient can that .sum().backward() hands back: all strides 0
+SKIP_BELOW = 2.0**-24
 TILE = 64  # the tile edge stop_at_edge and the shapes aim at: a multiple of every backend's
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem of the harness; `lengths` makes it varlen."""
+    """One problem of the harness; `lengths` makes it varlen.
+
+    layout: the call's, "bnhd" or any other for "bhnd", and how q, k, v and dout lie in memory (`arrange`), unless `strides` says so
+    for each of the four; dremainder lies as dout does. skip_below counts where skip is on.
+    """
 
     regime: str = "critical"
     B: int = 1
@@ -33,6 +44,9 @@ class Case:
     layout: str = "bhnd"
     attend_current: bool = False
     skip: bool = False
+    skip_below: float = SKIP_BELOW
+    scale: float | None = None
+    strides: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
     seed: int = 0
 
@@ -42,14 +56,40 @@ class Case:
         changed = [p for p, f in zip(parts, dataclasses.fields(self), strict=True) if getattr(self, f.name) != f.default]
         return f"Case({', '.join(changed)})" if self != default else "Case()"
 
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The inverse of str(). ValueError, with the part that is wrong."""
+        inside = re.fullmatch(r"\s*Case\((.*)\)\s*", text)
+        fields, values = {f.name: f.default for f in dataclasses.fields(cls)}, {}
+        if inside is None:
+            raise ValueError(f"{text!r} is no case: expected Case(name=value, ...)")
+        for part in re.findall(r"[^,(]+(?:\([^)]*\))?", inside[1]):
+            name, _, value = (word.strip() for word in part.partition("="))
+            if name not in fields:
+                raise ValueError(f"{part.strip()!r} of a case: expected one of {', '.join(fields)}")
+            try:
+                values[name] = value if isinstance(fields[name], str) else ast.literal_eval(value)
+            except (ValueError, SyntaxError) as error:
+                raise ValueError(f"{part.strip()!r} of a case: expected a value like {fields[name]!r}") from error
+        return cls(**values)
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of the call, but for its layout and lengths."""
+        return {
+            "attend_current": self.attend_current,
+            "skip_below": self.skip_below if self.skip else 0.0,
+            "scale": self.scale,
+        }
+
 
 def key_bias(regime: str, N: int, generator: torch.Generator) -> torch.Tensor | None:
     """What a regime adds to the logits of each key [N], or None."""
     pick = torch.rand(N, generator=generator, device=generator.device)
     if regime == "critical":
         return torch.full((N,), -math.log(max(N, 2)), device=generator.device)
-    if regime == "alive":
-        return torch.full((N,), ALIVE_LOGIT, device=generator.device)
+    if regime in ("alive", "fading"):
+        return torch.full((N,), ALIVE_LOGIT if regime == "alive" else FADING_LOGIT, device=generator.device)
     if regime == "negative":
         return torch.full((N,), -15.0, device=generator.device)
     if regime in ("plus_minus_30", "plus_minus_150"):
@@ -101,6 +141,18 @@ def arrange(x: torch.Tensor, layout: str) -> torch.Tensor:
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "broadcast":  # one head's memory for all
         return x[:, :1].expand(B, H, N, D)
+    if layout == "one_entry":  # one batch entry's memory for all
+        return x[:1].expand(B, H, N, D)
+    if layout == "sliced":  # every second row of more
+        wide = x.new_full((B, H, 2 * N, D), float("nan"))
+        wide[:, :, ::2] = x
+        return wide[:, :, ::2]
+    if layout == "offset":  # begins one element behind where the allocator aligns
+        flat = x.new_empty(x.numel() + 1)
+        flat[1:] = x.flatten()
+        return flat[1:].view(x.shape)
+    if layout == EXPANDED:
+        return x[:1, :1, :1, :1].expand(B, H, N, D)
     return x.contiguous()
 
 
@@ -128,8 +180,11 @@ def make(case: Case, dtype: torch.dtype, device: str) -> Inputs:
     v = torch.randn(case.B, case.Hk, case.N, case.Dv, generator=generator, dtype=torch.float64, device=generator.device)
     dout = torch.randn(case.B, case.H, case.M, case.Dv, generator=generator, dtype=torch.float64, device=generator.device)
     dremainder = torch.randn(case.B, case.H, case.M, generator=generator, dtype=torch.float64, device=generator.device)
-    q, k, v, dout = (arrange(x.to(dtype).to(device), case.layout) for x in (q, k, v, dout))
+    layouts = case.strides or (case.layout,) * 4
+    q, k, v, dout = (arrange(x.to(dtype).to(device), layout) for x, layout in zip((q, k, v, dout), layouts, strict=True))
     dremainder = dremainder.to(torch.float64 if dtype == torch.float64 else torch.float32).to(device)
+    if case.strides:
+        dremainder = arrange(dremainder[..., None], case.strides[3])[..., 0]
     cu_seqlens = None
     if case.lengths:
         bounds = [0, *torch.tensor(case.lengths).cumsum(0).tolist()]
@@ -177,6 +232,8 @@ def cases(large: bool) -> list[Case]:
     found += [Case(M=n, N=n, attend_current=n % 2 == 0, skip=n > TILE) for n in edges]
     found += [Case(M=m, N=n, attend_current=m % 2 == 0) for m, n in ((1, 2), (1, 200), (2, 65), (64, 128), (63, 500), (500, 501))]
     found += [Case(layout=layout, B=2, H=4, M=90, N=100, D=64, Dv=64, skip=True) for layout in LAYOUTS]
+    found += [Case(strides=(memory,) * 4, B=2, H=4, M=90, N=100) for memory in MEMORY if memory not in LAYOUTS]
+    found += [Case(strides=("bhnd", "bhnd", "bhnd", EXPANDED), M=90, N=100)]
     found += [Case(D=D, Dv=Dv, M=150, N=150) for D, Dv in ((16, 16), (50, 80), (80, 50), (96, 96), (128, 64), (64, 128))]
     found += [Case(D=D, Dv=D, M=192, N=192, skip=D > 200) for D in (128, 192, 256)]
     found += [Case(H=H, Hk=Hk, M=100, N=170, skip=Hk == 1) for H, Hk in ((4, 2), (4, 1), (6, 2), (8, 8))]
@@ -195,6 +252,7 @@ def cases(large: bool) -> list[Case]:
         Case("plus_minus_30", B=2, M=129, N=200, D=128, Dv=8),
         Case("critical", M=1000, N=1001, D=96, Dv=96, skip=True),
     ]
+    found += [Case(H=1, Hk=1, M=16, N=8192, D=16, Dv=16)]  # a small error of each share, 8,192 times
     if large:
         found += [
             Case(regime, M=4096, N=4096, D=D, Dv=D, skip=skip)

@@ -16,9 +16,9 @@ from ..backends.base import guarded_outputs
 from ..dispatch import use_backend
 from ..problem import DTYPES, describe
 from . import inputs, properties, tolerance
+from .inputs import SKIP_BELOW as SKIP_BELOW
 from .tolerance import Finding
 
-SKIP_BELOW = 2.0**-24
 DEADLINE_SECONDS = 300.0  # of a case, with the start of its process and what it compiles
 
 
@@ -43,8 +43,8 @@ class Outcome:
 def problem_of(x: inputs.Inputs):
     """The forward Problem the API will make of these inputs."""
     lengths = {"cu_seqlens": x.cu_seqlens, "max_seqlen": max(x.case.lengths)} if x.case.lengths else {}
-    skip_below = SKIP_BELOW if x.case.skip else 0.0
-    return describe(x.q, x.k, x.v, attend_current=x.case.attend_current, skip_below=skip_below, **lengths)
+    options = {name: value for name, value in x.case.options.items() if name != "scale"}
+    return describe(x.q, x.k, x.v, **options, **lengths)
 
 
 @contextlib.contextmanager
@@ -69,12 +69,12 @@ def why_not(backend, variant: str, problem) -> str:
     return "what is dispatched anyway" if same else ""
 
 
-def attend(x: inputs.Inputs) -> tuple[torch.Tensor, ...]:
-    """out, remainder, dq, dk, dv in canonical order, through the public API, with poisoned and guarded outputs."""
+def attend(x: inputs.Inputs, guarded: bool = True) -> tuple[torch.Tensor, ...]:
+    """out, remainder, dq, dk, dv in canonical order, through the public API; guarded: with poisoned and guarded outputs."""
     case = x.case
     q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
-    options = {"attend_current": case.attend_current, "skip_below": SKIP_BELOW if case.skip else 0.0}
-    with guarded_outputs():
+    options = case.options
+    with guarded_outputs() if guarded else contextlib.nullcontext():
         if case.lengths:
             flat = [t[0].transpose(0, 1) for t in (q, k, v)]
             outputs = stickbreaking_attention_varlen(*flat, x.cu_seqlens, max(case.lengths), **options)
@@ -92,12 +92,8 @@ def expectation(x: inputs.Inputs) -> list[tuple[slice, tolerance.Expected]]:
     """Reference, baseline and floor by stretch of tokens: one for a dense case, one a sequence for varlen."""
     case, bounds = x.case, x.cu_seqlens.tolist() if x.case.lengths else None
     spans = [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a] if bounds else [slice(None)]
-    skip_below = SKIP_BELOW if case.skip else 0.0
     tensors = (x.q, x.k, x.v, x.dout, x.dremainder)
-    return [
-        (span, tolerance.expect(*(t[:, :, span] for t in tensors), attend_current=case.attend_current, skip_below=skip_below))
-        for span in spans
-    ]
+    return [(span, tolerance.expect(*(t[:, :, span] for t in tensors), **case.options)) for span in spans]
 
 
 def judge(got: tuple[torch.Tensor, ...], expected) -> list[Finding]:
@@ -110,12 +106,19 @@ def judge(got: tuple[torch.Tensor, ...], expected) -> list[Finding]:
 
 
 def check_property(lab: properties.Lab, name: str) -> list[Finding]:
-    """A property's results as findings."""
+    """A property's results as findings, with poisoned and guarded outputs; NotHere where it cannot be checked."""
     found = []
-    for what, error, allowed in properties.PROPERTIES[name](lab):
+    with guarded_outputs():
+        results = properties.PROPERTIES[name](lab)
+    for what, error, allowed in results:
         ratio = 0.0 if error == 0 else error / allowed if allowed else float("inf")
         found.append(Finding(what, ratio, 0.0, 0.0, f"error {error:.3g}, allowed {allowed:.3g}"))
     return found
+
+
+def probe(device: str, dtype: torch.dtype = torch.float16):
+    """A small Problem, to ask backends what they take."""
+    return problem_of(inputs.make(inputs.Case(), dtype, device))
 
 
 def targets(device: str, names: tuple[str, ...] | None):
@@ -126,7 +129,7 @@ def targets(device: str, names: tuple[str, ...] | None):
         if backend is None:
             missing[name] = reason
             continue
-        problem = problem_of(inputs.make(inputs.Case(), torch.float16, device))
+        problem = probe(device)
         found += [(backend, variant) for variant in ("", *backend.variants(problem))]
     return found, missing
 
@@ -138,12 +141,12 @@ def plan(device: str, names=None, dtypes=None, quick: bool = False):
     for backend, variant in found:
         reasons = set()
         for dtype in dtypes or DTYPES:
-            probe = problem_of(inputs.make(inputs.Case(), DTYPES[dtype], device))
-            reason = backend.unsupported(probe)
+            problem = probe(device, DTYPES[dtype])
+            reason = backend.unsupported(problem)
             if reason:
                 reasons.add(reason)
                 continue
-            small = quick or backend.slow(probe) is not None
+            small = quick or backend.slow(problem) is not None
             cases = inputs.small_cases() if small else inputs.cases(large=device != "cpu" and dtype in ("float16", "bfloat16"))
             jobs += [(backend.name, variant, dtype, case) for case in cases]
             jobs += [(backend.name, variant, dtype, name) for name in properties.PROPERTIES]
@@ -152,34 +155,43 @@ def plan(device: str, names=None, dtypes=None, quick: bool = False):
     return jobs, missing
 
 
-def run_job(job, device: str, cache: dict) -> Outcome:
-    """One job of `plan`; cache keeps the last case's inputs and expectation, which backends share."""
-    name, variant, dtype, what = job
-    backend = registry.load(name)
-    outcome = Outcome(name, variant, dtype, str(what))
+def checked(outcome: Outcome, findings) -> Outcome:
+    """The outcome with what findings() returns, or with why there is nothing; and how long that took."""
     begin = time.perf_counter()
     try:
-        if isinstance(what, str):
-            small = backend.slow(problem_of(inputs.make(inputs.Case(), DTYPES[dtype], device))) is not None
-            around = functools.partial(variant_of, backend, variant)
-            lab = properties.Lab(around, DTYPES[dtype], device, *((40, 16) if small else (100, 32)))
-            outcome.findings = check_property(lab, what)
-        else:
-            key = (what, dtype, device)
-            if key not in cache:
-                cache.clear()
-                x = inputs.make(what, DTYPES[dtype], device)
-                cache[key] = (x, expectation(x))
-            x, expected = cache[key]
-            problem = problem_of(x)
-            outcome.skipped = why_not(backend, variant, problem)
-            if not outcome.skipped:
-                with variant_of(backend, variant, problem):
-                    outcome.findings = judge(attend(x), expected)
+        outcome.findings = findings()
+    except properties.NotHere as reason:
+        outcome.skipped = str(reason)
     except Exception as error:  # a crash is a finding too: the harness goes on
         outcome.error = f"{type(error).__name__}: {error}"
     outcome.seconds = time.perf_counter() - begin
     return outcome
+
+
+def run_job(job, device: str, cache: dict) -> Outcome:
+    """One job of `plan`; cache keeps cases' inputs and expectations, which backends share."""
+    name, variant, dtype, what = job
+    backend = registry.load(name)
+
+    def findings() -> list[Finding]:
+        if isinstance(what, str):
+            small = backend.slow(probe(device, DTYPES[dtype])) is not None
+            around = functools.partial(variant_of, backend, variant)
+            lab = properties.Lab(around, DTYPES[dtype], device, *((40, 16) if small else (100, 32)))
+            return check_property(lab, what)
+        key = (what, dtype, device)
+        if key not in cache:
+            x = inputs.make(what, DTYPES[dtype], device)
+            cache[key] = (x, expectation(x))
+        x, expected = cache[key]
+        problem = problem_of(x)
+        reason = why_not(backend, variant, problem)
+        if reason:
+            raise properties.NotHere(reason)
+        with variant_of(backend, variant, problem):
+            return judge(attend(x), expected)
+
+    return checked(Outcome(name, variant, dtype, str(what)), findings)
 
 
 def groups(jobs) -> list[list]:
@@ -202,12 +214,13 @@ def run(jobs, device: str, progress, processes: int = 1, deadline: float = DEADL
             for job in group:
                 progress(run_job(job, device, cache))
         return
-    with contextlib.closing(workers.run(functools.partial(_work, device=device), groups(jobs), processes, deadline)) as results:
+    with contextlib.closing(workers.run(functools.partial(work, device=device), groups(jobs), processes, deadline)) as results:
         for job, outcome, lost in results:
             progress(outcome or Outcome(*job[:3], str(job[3]), error=lost))
 
 
-def _work(job, cache: dict, device: str):
+def work(job, cache: dict, device: str):
+    """`run_job` for `workers.run`."""
     outcome = run_job(job, device, cache)
     if outcome.error and device != "cpu":
         try:
