@@ -20,7 +20,7 @@ from ..tuning.strategies import STRATEGIES
 from ..tuning.tune import DIRECTIONS, Task, tasks, tune
 from ..tuning.tuner import Outcome, Session
 from .main import EXCEEDED, INTERRUPTED, OK
-from .shared import backend_names, check_device, out, table
+from .shared import backend_names, check_device, out, progress_bar, table
 
 LEAST_BUDGET = 1.0  # seconds a task: below, not even the default config is measured
 
@@ -157,8 +157,9 @@ def show_replay(path: pathlib.Path) -> int:
         f"{path}: {len(spaces)} spaces of {min(map(len, spaces))} to {max(map(len, spaces))} configs, {replay.SEEDS} seeds",
         "strategy", "share", "median", "95 %", "within 2 %", right=("share", "median", "95 %", "within 2 %"),
     )  # fmt: skip
-    for name in STRATEGIES:
-        for share in replay.SHARES if name != "exhaustive" else (1.0,):
+    wanted = [(name, share) for name in STRATEGIES for share in (replay.SHARES if name != "exhaustive" else (1.0,))]
+    with progress_bar() as bar:
+        for name, share in bar.track(wanted, description="replaying"):
             regrets = replay.regrets(spaces, name, share)
             shown = (f"{share:.0%}", f"{replay.quantile(regrets, 0.5):.2%}", f"{replay.quantile(regrets, 0.95):.2%}")
             rows.add_row(name, *shown, f"{sum(r <= 0.02 for r in regrets) / len(regrets):.0%}")
