@@ -6,6 +6,8 @@ import torch
 from sbkernels import api, reference, registry, stickbreaking_attention, stickbreaking_attention_varlen
 from sbkernels.backends.base import guarded_outputs
 from sbkernels.backends.torch_ import TorchBackend
+from sbkernels.problem import is_aligned
+from sbkernels.verify import inputs
 
 
 def tensors(B=1, H=2, Hk=2, M=8, N=8, D=16, Dv=16, dtype=torch.float64):
@@ -227,3 +229,17 @@ def test_lengths_are_trusted_when_told_so(monkeypatch):
     monkeypatch.setenv("SBKERNELS_CHECK_SEQLENS", "no")
     with pytest.raises(ValueError, match="SBKERNELS_CHECK_SEQLENS='no' is neither 0 nor 1"):
         stickbreaking_attention_varlen(*flat, wrong, 9)
+
+
+@pytest.mark.parametrize("layout", ("offset", "scalar", "transposed"))
+def test_gradients_that_kernels_cannot_load_are_copied(layout, monkeypatch):
+    """To memory that begins where a row of 16 bytes may, also where it is contiguous but begins one element late."""
+    triton_ = pytest.importorskip("sbkernels.backends.triton_")
+    if not triton_.interpreting():
+        pytest.skip("Triton takes no tensors of a CPU but through its interpreter")
+    given = []
+    monkeypatch.setattr(triton_, "plan_backward", lambda call, config, remainder, tile, log2, dout, *rest: given.append(dout) or [])
+    q, k, v = (x.float().requires_grad_() for x in tensors(D=32, Dv=32))
+    dout = inputs.arrange(torch.ones(q.shape), layout)
+    torch.autograd.grad(stickbreaking_attention(q, k, v, backend="triton")[0], (q, k, v), dout)
+    assert is_aligned(given[0]) and given[0].stride(-1) == 1 and torch.equal(given[0], dout)

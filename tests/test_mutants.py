@@ -1,5 +1,8 @@
 """Planted wrong implementations: the harness catches all of them, says when it does not, and plants what it says."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -13,7 +16,7 @@ GPU = torch.cuda.is_available()
 def test_every_mutant_of_torch_is_caught():
     verdicts = []
     score.run_all("torch", "cpu", verdicts.append)
-    shipped, switched_off, *mutants = verdicts
+    *mutants, shipped, switched_off = verdicts
     assert (shipped.mutant, switched_off.mutant) == ("as shipped", "switched off")
     assert shipped.caught_by == switched_off.caught_by == "" and shipped.checks == switched_off.checks > 100
     assert len({v.mutant for v in mutants}) == len(mutants) >= 40
@@ -29,7 +32,7 @@ def test_mutants_inside_triton(name):
     before = triton_.forward_kernel
     device = "cuda:0" if GPU else "cpu"
     jobs = [job for job in score.plan("triton", device) if job[3] == "first_query_sees_nothing"]
-    verdict = score.judge(("triton", name), None, jobs, device)
+    verdict = score.judge("triton", name, jobs, device)
     assert verdict.caught_by == ("" if name == "switched off" else "first_query_sees_nothing")
     assert triton_.forward_kernel is before
 
@@ -89,3 +92,18 @@ def test_a_survivor_and_a_failing_control_are_exit_status_1(monkeypatch, capsys)
     assert main(words) == 1
     said = capsys.readouterr().out
     assert "control, switched off: fails" in said and "control, as shipped: passes" in said and "score 100 %" in said
+
+
+def test_a_mutant_that_hangs_ends_its_process():
+    """Which is then what caught it (test_workers.py)."""
+    code = """
+import time
+from sbkernels.verify import run
+from sbkernels.verify.mutants import mutant, score
+run.DEADLINE_SECONDS = 2.0
+hangs = mutant.Mutant("hangs", "never ends", {"forward": lambda *_: time.sleep(1000)})
+score.table = lambda _: [hangs]
+score._work(("hangs", score.plan("torch", "cpu")), {}, "torch", "cpu")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1 and "Timeout" in result.stderr

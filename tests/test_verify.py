@@ -1,6 +1,7 @@
 """The harness on every backend that runs here, and the harness itself: does it see what is planted?"""
 
 import json
+import os
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_hangs_and_crashes_are_named(tmp_path, monkeypatch):
         "    return right(self, call, config)\n"
         "t.TorchBackend.forward = planted\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     jobs = [("torch", "", "float32", inputs.Case(M=n, N=n)) for n in (30, 31, 32, 33, 34)]
     found = {}
     run.run(jobs, "cpu", lambda outcome: found.setdefault(outcome.name, outcome), processes=2, deadline=20.0)

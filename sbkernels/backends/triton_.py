@@ -148,7 +148,7 @@ class TritonBackend(Backend):
     def backward(self, call: Call, config: TritonBackward, remainder, saved, dout, dremainder):
         dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
         if dout.stride(-1) != 1 or (call.problem.aligned and not is_aligned(dout)):
-            dout = dout.contiguous()
+            dout = dout.clone(memory_format=torch.contiguous_format)  # contiguous() keeps what only begins at an odd place
         with _on_device(call.q):
             for launch in plan_backward(call, config, remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv):
                 launch.run()

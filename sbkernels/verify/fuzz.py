@@ -184,13 +184,9 @@ def simpler(case: Case) -> Iterator[Case]:
             yield candidate
 
 
-def shrink(case: Case, first_failing: Callable[[list[Case]], Case | None], seconds: float = SHRINK_SECONDS) -> Case:
-    """The smallest case found in `seconds` that fails, too; first_failing(cases): the first of cases that fails, or None."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        smaller = first_failing(list(simpler(case)))
-        if smaller is None:
-            return case
+def shrink(case: Case, first_failing: Callable[[list[Case]], Case | None]) -> Case:
+    """The smallest case found that fails, too; first_failing(cases): the first of cases that fails, or None."""
+    while (smaller := first_failing(list(simpler(case)))) is not None:
         case = smaller
     return case
 
@@ -210,11 +206,15 @@ def outcomes(jobs: list[Job], device: str) -> Iterator[tuple[Job, run.Outcome]]:
 
 
 def smallest(job: Job, device: str) -> Job:
-    """The smallest job that still fails."""
+    """The smallest job found in SHRINK_SECONDS that still fails."""
+    last = time.monotonic() + SHRINK_SECONDS
 
     def first_failing(cases: list[Case]) -> Case | None:
         with contextlib.closing(outcomes([(*job[:3], case) for case in cases], device)) as results:
-            return next((found[3] for found, outcome in results if not outcome.ok), None)
+            for found, outcome in results:
+                if not outcome.ok or time.monotonic() > last:
+                    return None if outcome.ok else found[3]
+        return None
 
     return (*job[:3], shrink(job[3], first_failing))
 

@@ -198,6 +198,8 @@ def small_cases() -> list[Case]:
         *(Case(regime, M=70, N=70, D=16, Dv=16, skip=i % 2 == 0, attend_current=i % 3 == 0) for i, regime in enumerate(REGIMES)),
         *(Case(M=n, N=n, D=16, Dv=16, H=1, Hk=1, attend_current=n % 2 == 1) for n in (1, 2, 31, 32, 33)),
         Case(M=3, N=70, D=16, Dv=16, H=4, Hk=2, attend_current=True),
+        Case(B=2, M=20, N=33, D=16, Dv=16, H=2, Hk=1),
+        Case("fading", M=20, N=300, D=16, Dv=16, H=1, Hk=1, skip=True),
         Case(H=4, Hk=1, M=40, N=70, D=24, Dv=50, layout="bnhd", skip=True),
         Case(H=4, Hk=2, M=65, N=65, D=50, Dv=16, layout="packed"),
         Case(lengths=(33, 0, 1, 64, 2), D=16, Dv=16, H=4, Hk=2, skip=True),
@@ -233,7 +235,7 @@ def cases(large: bool) -> list[Case]:
     found += [Case(M=m, N=n, attend_current=m % 2 == 0) for m, n in ((1, 2), (1, 200), (2, 65), (64, 128), (63, 500), (500, 501))]
     found += [Case(layout=layout, B=2, H=4, M=90, N=100, D=64, Dv=64, skip=True) for layout in LAYOUTS]
     found += [Case(strides=(memory,) * 4, B=2, H=4, M=90, N=100) for memory in MEMORY if memory not in LAYOUTS]
-    found += [Case(strides=("bhnd", "bhnd", "bhnd", EXPANDED), M=90, N=100)]
+    found += [Case(strides=("bhnd", "bhnd", "bhnd", dout), M=256, N=256, D=64, Dv=64) for dout in ("offset", EXPANDED)]
     found += [Case(D=D, Dv=Dv, M=150, N=150) for D, Dv in ((16, 16), (50, 80), (80, 50), (96, 96), (128, 64), (64, 128))]
     found += [Case(D=D, Dv=D, M=192, N=192, skip=D > 200) for D in (128, 192, 256)]
     found += [Case(H=H, Hk=Hk, M=100, N=170, skip=Hk == 1) for H, Hk in ((4, 2), (4, 1), (6, 2), (8, 8))]

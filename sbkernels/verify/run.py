@@ -222,12 +222,18 @@ def run(jobs, device: str, progress, processes: int = 1, deadline: float = DEADL
 def work(job, cache: dict, device: str):
     """`run_job` for `workers.run`."""
     outcome = run_job(job, device, cache)
-    if outcome.error and device != "cpu":
-        try:
-            torch.cuda.synchronize(device)
-        except RuntimeError:  # an illegal access spoils all that follows in its process
-            return workers.Last(outcome)
-    return outcome
+    return workers.Last(outcome) if outcome.error and spoiled(device) else outcome
+
+
+def spoiled(device: str) -> bool:
+    """Whether the device takes no more work from this process, as after an illegal access."""
+    if device == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 EMPTY_ROW = {"run": 0, "skipped": 0, "failed": 0, "worst": 0.0, "where": "", "relative_l2": 0.0, "relative_l2_at": ""}

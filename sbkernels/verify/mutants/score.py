@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ... import registry, workers
 from .. import run
@@ -14,6 +15,7 @@ from .mutant import CONTROLS, Mutant, planted
 from .switches import SWITCHES
 from .wrappers import MUTANTS
 
+CONTROL_PARTS = 16  # of a control's jobs, so that several processes share them
 DTYPES_TRIED = ("float32", "float16")  # mutants run in the first of these that the backend takes
 
 
@@ -58,15 +60,13 @@ def slow(backend: str, device: str) -> str | None:
 _expectations: dict = {}
 
 
-def judge(item: tuple[str, str], _state, jobs: list, device: str) -> Verdict:
-    """One (backend, name of a mutant or control) through jobs, up to the first that catches it."""
-    backend, name = item
+def judge(backend: str, name: str, jobs: list, device: str, before_each: Callable[[], None] = lambda: None) -> Verdict:
+    """A mutant or control through jobs, up to the first that catches it."""
     mutant = next(m for m in (*controls(backend), *table(backend)) if m.name == name)
     begin, checks = time.perf_counter(), 0
     with planted(registry.load(backend), mutant, SWITCHES.get(backend, [])):
         for job in jobs:
-            if mutant not in CONTROLS and job[1] != mutant.variant:
-                continue
+            before_each()
             outcome = run.run_job(job, device, _expectations)
             checks += not outcome.skipped
             if not outcome.ok:
@@ -77,23 +77,37 @@ def judge(item: tuple[str, str], _state, jobs: list, device: str) -> Verdict:
 
 
 def run_all(backend: str, device: str, progress: Callable[[Verdict], None], processes: int = 1, dtype: str | None = None) -> None:
-    """Judge the controls and all mutants of a backend, calling progress(verdict) after each.
+    """Judge the controls and all mutants of a backend, calling progress(verdict) after each; controls, in parts, come last.
 
-    On a GPU, and with more than one process, each runs in a process that is killed when it takes longer than run.DEADLINE_SECONDS a
-    job: then that is what caught it.
+    On a GPU, and with more than one process, in processes that can be killed: a hang or a crash is then what caught a mutant.
     """
     jobs = plan(backend, device, dtype)
-    items = [(backend, mutant.name) for mutant in (*controls(backend), *table(backend))]
+    items = [(m.name, [job for job in jobs if job[1] == m.variant]) for m in table(backend)]
+    parts = [(m.name, jobs[i::CONTROL_PARTS]) for m in controls(backend) for i in range(CONTROL_PARTS)]
+    of_controls: dict[str, list[Verdict]] = {}
+    for verdict in _verdicts(backend, device, [*parts, *items], processes):
+        if verdict.mutant in (m.name for m in controls(backend)):
+            of_controls.setdefault(verdict.mutant, []).append(verdict)
+        else:
+            progress(verdict)
+    for found in of_controls.values():
+        worst = max(found, key=lambda v: v.ratio)
+        progress(dataclasses.replace(worst, checks=sum(v.checks for v in found), seconds=sum(v.seconds for v in found)))
+
+
+def _verdicts(backend: str, device: str, items: list[tuple[str, list]], processes: int) -> Iterator[Verdict]:
     if processes <= 1 and device == "cpu":
-        for item in items:
-            progress(judge(item, None, jobs, device))
+        yield from (judge(backend, name, jobs, device) for name, jobs in items)
         return
-    work = functools.partial(_work, jobs=jobs, device=device)
-    with contextlib.closing(workers.run(work, [[item] for item in items], processes, run.DEADLINE_SECONDS)) as results:
-        for item, verdict, lost in results:
-            progress(verdict or Verdict(*item, "killable process", lost, float("inf")))
+    work = functools.partial(_work, backend=backend, device=device)
+    deadline = run.DEADLINE_SECONDS * max(len(jobs) for _, jobs in items)  # _work keeps to that of each job
+    with contextlib.closing(workers.run(work, [[item] for item in items], processes, deadline)) as results:
+        for (name, _), verdict, lost in results:
+            yield verdict or Verdict(backend, name, "killable process", lost, float("inf"))
 
 
-def _work(item, state, jobs, device):
-    verdict = judge(item, state, jobs, device)
-    return workers.Last(verdict) if device != "cpu" and verdict.where else verdict
+def _work(item: tuple[str, list], _state: dict, backend: str, device: str):
+    end_if_late = functools.partial(faulthandler.dump_traceback_later, run.DEADLINE_SECONDS, exit=True)
+    verdict = judge(backend, *item, device, end_if_late)
+    faulthandler.cancel_dump_traceback_later()
+    return workers.Last(verdict) if run.spoiled(device) else verdict

@@ -20,9 +20,9 @@ def equal(what: str, found, expected) -> Result:
     return [same(f"{what}: {name}", a, b) for name, a, b in zip(OUTPUTS, found, expected, strict=True)]
 
 
-def problems(lab: Lab, count: int):
+def problems(lab: Lab, count: int, B: int = 1):
     """q, k, v, dout, dremainder of as many problems of one shape."""
-    drawn = (lab.inputs("critical", seed=seed, B=2, H=2, Hk=1) for seed in range(count))
+    drawn = (lab.inputs("critical", seed=seed, B=B, H=2, Hk=1) for seed in range(count))
     return [(x.q, x.k, x.v, x.dout, x.dremainder) for x in drawn]
 
 
@@ -43,7 +43,7 @@ def determinism(lab: Lab) -> Result:
 @check
 def workspace(lab: Lab) -> Result:
     """A workspace that holds nothing changes the order of sums alone."""
-    (one,) = problems(lab, 1)
+    (one,) = problems(lab, 1, B=2)
     plenty = lab.gradients(*one)
     with mock.patch.dict(os.environ, {env.WORKSPACE: "1"}):
         little = lab.gradients(*one)
