@@ -136,6 +136,12 @@ def test_tensors_that_maps_cannot_address_are_copied(layout, as_is):
         assert (found.data_ptr() == x.data_ptr()) == as_is
 
 
+def test_what_begins_at_an_odd_place_is_copied():
+    x = torch.randn(2 * 3 * 129 * 64 + 1).half()[1:].view(2, 3, 129, 64)
+    found = hopper.mappable(x)
+    assert found.data_ptr() % 16 == 0 and torch.equal(found, x)
+
+
 def test_keys_that_maps_cannot_address_in_blocks_are_copied():
     x = torch.randn(3, 200, 2, 64).half().transpose(1, 2)[:, :, :150]
     assert hopper.mappable(x) is x

@@ -42,7 +42,7 @@ def mappable(x: torch.Tensor) -> torch.Tensor:
     """x [B, H, N, D], or a dense copy where a tensor map cannot say its strides."""
     steps = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
     says = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
-    return x if says else x.contiguous()
+    return x if says else x.clone(memory_format=torch.contiguous_format)  # contiguous() keeps what only begins at an odd place
 
 
 def mappable_blocks(x: torch.Tensor) -> torch.Tensor:
