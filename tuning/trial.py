@@ -20,7 +20,7 @@ from ..dispatch import use_backend
 from ..problem import Problem
 from ..verify import inputs, tolerance
 from ..verify.calls import passes
-from ..verify.run import SKIP_BELOW, attend, expectation, judge
+from ..verify.run import attend, expectation, judge
 from . import lookup
 
 # Lengths configs are verified at: ragged tails of any tile; the even one only of configs that take no other. Tails of the same
@@ -99,9 +99,9 @@ def case_of(problem: Problem, seed: int) -> inputs.Case:
     Logits are such that a share of the stick lasts to the oldest key, so that an early stop leaves nothing out.
     """
     return inputs.Case(
-        "critical", problem.batch, problem.heads, problem.kv_heads, problem.queries, problem.keys, problem.head_dim,
-        problem.value_dim, "bnhd" if problem.layout == "bnhd" else "bhnd", problem.attend_current, problem.skip,
-        sequences(problem), seed,
+        "critical", B=problem.batch, H=problem.heads, Hk=problem.kv_heads, M=problem.queries, N=problem.keys, D=problem.head_dim,
+        Dv=problem.value_dim, layout="bnhd" if problem.layout == "bnhd" else "bhnd", attend_current=problem.attend_current,
+        skip=problem.skip, lengths=sequences(problem), seed=seed,
     )  # fmt: skip
 
 
@@ -243,10 +243,8 @@ def spots(problem: Problem) -> list[Spot]:
             first_row = max(0, last_row - size)
             rows = (slice(b, b + 1), heads, slice(offset + first_row, offset + last_row))
             keys = (slice(b, b + 1), kv_heads, slice(start, end - M + last_row))
-            expected = tolerance.expect(
-                x.q[rows], x.k[keys], x.v[keys], x.dout[rows], x.dremainder[rows],
-                attend_current=x.case.attend_current, skip_below=SKIP_BELOW if x.case.skip else 0.0,
-            )  # fmt: skip
+            tensors = (x.q[rows], x.k[keys], x.v[keys], x.dout[rows], x.dremainder[rows])
+            expected = tolerance.expect(*tensors, **x.case.options)
             # With fewer queries than keys the oldest keys are decided by the first row on, too.
             newest = 0 if last_row < M else end - start if first_row == 0 else size
             found.append(Spot(rows, keys, newest, expected))

@@ -205,8 +205,7 @@ class Tuner:
             if not ahead:
                 return
             number, config = self._compiled(ahead)
-            if self.clock.left() <= 0:
-                raise OutOfTime
+            self._check_time()
             self._trial(config)
             if self.default in self.broken:
                 return
@@ -226,8 +225,12 @@ class Tuner:
                     if result.status != "ok":
                         self._fail(each[1], result)
                     return each
-                if self.clock.left() <= 0:
-                    raise OutOfTime
+                self._check_time()
+
+    def _check_time(self) -> None:
+        """OutOfTime once the budget is used up, but never before the default config has been tried."""
+        if self.clock.left() <= 0 and (self.default in self.ratios or self.default in self.broken):
+            raise OutOfTime
 
     def _estimate(self, config) -> float | None:
         """Milliseconds of a config beside the canary's; None where it failed."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..api import DEFAULT_SKIP_BELOW, stickbreaking_attention, stickbreaking_attention_varlen
+from ..api import stickbreaking_attention, stickbreaking_attention_varlen
 from .inputs import Inputs
 
 
@@ -17,7 +17,7 @@ def public(x: Inputs) -> tuple[Callable, list[torch.Tensor], tuple[torch.Tensor,
     cu_seqlens is trusted, so that a call does not wait for the device.
     """
     case = x.case
-    options = {"attend_current": case.attend_current, "skip_below": DEFAULT_SKIP_BELOW if case.skip else 0.0}
+    options = case.options
     tensors, upstream = [x.q, x.k, x.v], (x.dout, x.dremainder)
     if case.lengths:
         longest = max(case.lengths)
