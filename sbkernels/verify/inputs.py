@@ -244,7 +244,7 @@ def cases(large: bool) -> list[Case]:
         for current in (False, True)
     ]
     found += [Case("std10", lengths=(500, 3), D=50, Dv=64, skip=True)]
-    found += [Case(H=1, Hk=1, M=16, N=8192, D=16, Dv=16)]  # a small error of each share, 8,192 times
+    found += [Case(H=1, Hk=1, M=16, N=8192, D=4, Dv=4)]  # a small error of each share, 8,192 times
     if large:
         found += [
             Case(regime, M=4096, N=4096, D=D, Dv=D, skip=skip)

@@ -123,8 +123,14 @@ def gradient_of_constant_values(lab: Lab) -> Result:
     dr = (x.dout.double() * 0.5).sum(-1).to(x.dremainder.dtype)
     _, _, dq, dk, _ = lab.gradients(x.q, x.k, c, x.dout, dr)
     size = (x.dout.double().abs() * 0.5).sum(-1).max().item()
-    spread = size * lab.D**-0.5 * max(largest(x.q), largest(x.k)) * lab.N
-    return [("dq", largest(dq), lab.e * spread), ("dk", largest(dk), lab.e * spread)]
+    # What cancels in dz is beta times sums of up to |do| . c, each right to e; with that, beta stands in for dz in dq and dk.
+    scale = lab.D**-0.5
+    beta = torch.sigmoid(scale * x.q.double() @ x.k.double().transpose(-1, -2)).tril(-1)
+    noise = lab.e * size * scale
+    return [
+        ("dq", largest(dq), noise * largest(beta @ x.k.double().abs())),
+        ("dk", largest(dk), noise * largest(beta.transpose(-1, -2) @ x.q.double().abs())),
+    ]
 
 
 @check
