@@ -23,7 +23,7 @@ def test_past_failures(backend, job):
     if loaded is None:
         pytest.skip(reason)
     try:
-        taken = fuzz._dtypes(backend, DEVICE)
+        taken = fuzz.dtypes(backend, DEVICE)
     except ValueError as error:
         pytest.skip(str(error))
     _, variant, dtype, case = job
