@@ -105,11 +105,12 @@ def test_outputs_are_poisoned():
 
 
 def test_record(tmp_path):
-    rows = [{"backend": "torch", "worst": 0.5}]
+    rows = [{"backend": "torch", "worst": 0.5, "failed": [float("inf")]}]
     path = tmp_path / "record.json"
     record.write(path, "verify", rows)
     assert record.stale(path) == []
     content = json.loads(path.read_text())
+    assert content["rows"] == [{"backend": "torch", "worst": 0.5, "failed": ["inf"]}]
     content["environment"]["sources"]["torch"] = "0"
     path.write_text(json.dumps(content))
     assert "torch: recorded sources 0" in record.stale(path)[0]

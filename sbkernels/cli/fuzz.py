@@ -51,13 +51,13 @@ def fuzz(arguments) -> int:
 def one_backend(name: str, device: str, seeds: range, arguments, corpus: pathlib.Path) -> tuple[dict, bool]:
     """Run seeds on a backend until they, the time or the failures are enough; a row of a record, and whether it was interrupted."""
     begin, counts, failures, worst = time.monotonic(), collections.Counter(), [], (0.0, "")
-    done, interrupted, last = 0, False, begin + 60 * arguments.minutes if arguments.minutes else None
+    done, interrupted, last = set(), False, begin + 60 * arguments.minutes if arguments.minutes else None
     with progress_bar() as bar:
         task = bar.add_task("", total=len(seeds))
         try:
             with contextlib.closing(fuzzing.fuzz(name, device, seeds, arguments.processes)) as results:
                 for seed, job, outcome in results:
-                    done += 1
+                    done.add(seed)
                     counts["skipped" if outcome.skipped else job[2]] += 1
                     worst = max([worst, *((f.ratio, f"{fuzzing.to_text(job)}: {f.output}, {f.where}") for f in outcome.findings)])
                     if not outcome.ok:
@@ -72,12 +72,14 @@ def one_backend(name: str, device: str, seeds: range, arguments, corpus: pathlib
     seconds = time.monotonic() - begin
     ran = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
     ending = "interrupted after " if interrupted else ""
-    out.print(f"{name} on {device}: {ending}{done} of {len(seeds)} seeds from {seeds.start} in {seconds:.0f} s ({ran})")
+    out.print(f"{name} on {device}: {ending}{len(done)} of {len(seeds)} seeds from {seeds.start} in {seconds:.0f} s ({ran})")
+    if len(done) < len(seeds):
+        out.print(f"  to go on: --first-seed {min(set(seeds) - done)}")
     if worst[1]:
         out.print(f"  worst {worst[0]:.2f} of its bound: {escape(worst[1])}")
     out.print(f"  {len(failures)} failed" + (f", remembered in {corpus}" if failures else ""))
     row = {
-        "backend": name, "first_seed": seeds.start, "seeds": done, "asked": len(seeds), "failed": len(failures),
+        "backend": name, "first_seed": seeds.start, "seeds": len(done), "asked": len(seeds), "failed": len(failures),
         "counts": dict(counts), "seconds": seconds, "worst": worst[0], "where": worst[1], "failures": failures,
     }  # fmt: skip
     return row, interrupted

@@ -92,14 +92,14 @@ def job_of(seed: int, backend: str, device: str) -> Job:
     """What a seed runs: its case in a dtype and a variant the backend takes it in."""
     case, family = draw(seed, device), random.Random(f"kernels {seed // FAMILY}")
     loaded = registry.load(backend)
-    dtype = family.choice(_dtypes(backend, device))
+    dtype = family.choice(dtypes(backend, device))
     problem = run.problem_of(inputs.make(case, DTYPES[dtype], device))
     variants = [name for name in loaded.variants(problem) if not run.why_not(loaded, name, problem)]
     return backend, family.choice(("", *variants)), dtype, case
 
 
 @functools.cache
-def _dtypes(backend: str, device: str) -> tuple[str, ...]:
+def dtypes(backend: str, device: str) -> tuple[str, ...]:
     """The dtypes a backend takes on a device; ValueError if none."""
     loaded, reasons = registry.load(backend), {}
     for name, dtype in DTYPES.items():
@@ -229,7 +229,7 @@ def _work(seed: int, state: dict, backend: str, device: str):
 
 def fuzz(backend: str, device: str, seeds: range, processes: int = 1) -> Iterator[tuple[int, Job, run.Outcome]]:
     """(seed, job, outcome) of each seed as they come; on a GPU, and with several processes, in processes that can be killed."""
-    _dtypes(backend, device)
+    dtypes(backend, device)
     if processes <= 1 and device == "cpu":
         for seed in seeds:
             job = job_of(seed, backend, device)
@@ -242,6 +242,6 @@ def fuzz(backend: str, device: str, seeds: range, processes: int = 1) -> Iterato
     with contextlib.closing(workers.run(work, list(families.values()), processes, DEADLINE_SECONDS)) as results:
         for seed, found, lost in results:
             if found is None:
-                job = (backend, "", _dtypes(backend, device)[0], draw(seed, device))
+                job = (backend, "", dtypes(backend, device)[0], draw(seed, device))
                 found = job, run.Outcome(*job[:3], str(job[3]), error=lost)
             yield seed, *found

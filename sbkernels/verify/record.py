@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 
 from .. import environment
@@ -16,8 +17,17 @@ def write(path, kind: str, rows: list[dict], **more) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"kind": kind, "environment": environment.describe(), **more, "rows": rows}
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _finite(x):
+    """x with infinite numbers and NaN as words, which JSON has no numbers for."""
+    if isinstance(x, dict):
+        return {name: _finite(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def stale(path) -> list[str]:

@@ -26,7 +26,7 @@ PROBLEMS_GPU = [
 PROBLEMS_CPU = [Case("fading", H=4, Hk=2, M=150, N=150, skip=True)]
 PROPERTIES = ("graph_replay", "streams", "devices")
 LAB = {"N": 512, "D": 64}
-LOAD_SIZE, LOAD_AT_ONCE = 2048, 16  # products of square matrices that the device has in its queue beside the runs
+LOAD_SIZE, LOAD_AT_ONCE = 4096, 16  # products of square matrices, some milliseconds of an H100, in its queue beside the runs
 DEADLINE_SECONDS = 1200.0  # of one problem's runs; a device that hangs is killed then
 
 

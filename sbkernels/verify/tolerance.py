@@ -20,8 +20,8 @@ FORWARD_FACTOR, BACKWARD_FACTOR = 2.0, 3.0
 OUTPUTS = ("out", "remainder", "dq", "dk", "dv")
 GRADIENTS = OUTPUTS[2:]
 # A stick is a product of up to N factors 1 / (1 + 2^s): three roundings each, of the sum, the quotient and the product, of at
-# most half an ulp: a random walk whose standard deviation is sqrt(3 N / 3) half ulps. A logit is a sum of D products, whose
-# roundings walk by sqrt(sum of the products' squares). SIGMAS is how many standard deviations an error may reach.
+# most half an ulp: a random walk whose standard deviation is sqrt(3 N / 3) half ulps. Logits bring theirs along (`logit_walk`).
+# SIGMAS is how many standard deviations an error may reach.
 SIGMAS = 4.0
 # What a backend may take for a used-up stick, early stop or not: MIN_STICK of the kernels.
 USED_UP = 2.0**-62
@@ -35,6 +35,17 @@ def half_ulp(dtype: torch.dtype) -> float:
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums and transcendental functions run in for input of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def logit_walk(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Standard deviation, in half ulps, of the largest logit's roundings for q [..., M, D], k [..., N, D].
+
+    Rounded are D products p and D partial sums. These walk themselves, the n-th being about sqrt(n) times one product, so that
+    their squares add up to D/2 times those of the products. A rounding of at most half an ulp has a variance of a third of that
+    squared.
+    """
+    products = q.square() @ k.square().transpose(-1, -2)
+    return abs(scale) * ((1 + q.shape[-1] / 2) / 3 * products.max()).sqrt()
 
 
 def _head(q, k, v, dout, dremainder, dtype, scale, mask):
@@ -63,7 +74,7 @@ def _head(q, k, v, dout, dremainder, dtype, scale, mask):
         "out": A @ v.abs(), "remainder": r * (1 + log_rest.sum(-1).abs()), "dq": scale * (dz_size @ k.abs()),
         "dk": scale * (dz_size.T @ q.abs()), "dv": A.T @ dout.abs(),
     }  # fmt: skip
-    walk = max(k.shape[0], 1) ** 0.5 + scale * (q.square() @ k.square().T).max().sqrt()
+    walk = max(k.shape[0], 1) ** 0.5 + logit_walk(q, k, scale)
     noise = {name: SIGMAS * half_ulp(z.dtype) * walk * size for name, size in sizes.items()}
     # What a stick left out moves at most, per unit of stick: an early stop leaves out skip_below, rounding to 0 USED_UP.
     reach = (dout.abs() @ v.abs().T).max() + dremainder.abs().max()

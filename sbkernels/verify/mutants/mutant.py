@@ -67,6 +67,16 @@ def sources_with_switches(paths: list[pathlib.Path], table: list[Mutant]) -> dic
 
 
 @contextlib.contextmanager
+def _forgetting(prefix: str):
+    """After the block, modules of this prefix are no longer imported; what else was imported meanwhile stays."""
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.startswith(prefix)]:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
 def torch_build(table: list[Mutant], number: int):
     """Within the block, the torch backend is its test build with this switch on (0: none)."""
     from ...backends import torch_
@@ -74,7 +84,8 @@ def torch_build(table: list[Mutant], number: int):
     path = pathlib.Path(torch_.__file__)
     module = types.ModuleType(f"{torch_.__name__}test_build_{number}")
     module.__package__, module.__file__, module.MUTANT = torch_.__package__, torch_.__file__, number
-    with mock.patch.dict(sys.modules, {module.__name__: module}):
+    with _forgetting(module.__name__):
+        sys.modules[module.__name__] = module  # where dataclasses look their names up
         exec(compile(sources_with_switches([path], table)[path.name], path.name, "exec"), module.__dict__)
         built, backend = module.TorchBackend(), registry.load("torch")
         with mock.patch.multiple(backend, forward=built.forward, backward=built.backward):
@@ -95,7 +106,7 @@ def triton_build(table: list[Mutant], number: int):
         for name, text in sources_with_switches(paths, table).items():
             text = f"{text}\n\nMUTANT = tl.constexpr({number})\n" if "MUTANT" in text else text
             (package / name).write_text(text, encoding="utf-8")
-        with mock.patch.object(sys, "path", [folder, *sys.path]), mock.patch.dict(sys.modules):
+        with mock.patch.object(sys, "path", [folder, *sys.path]), _forgetting(package.name):
             built = {kernel: getattr(importlib.import_module(f"{package.name}.{name}"), kernel) for name, kernel in kernels.items()}
             with mock.patch.multiple(triton_, **built):
                 yield

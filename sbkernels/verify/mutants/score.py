@@ -51,11 +51,6 @@ def plan(backend: str, device: str, dtype: str | None = None) -> list:
     raise ValueError(f"no mutants of {backend} run on {device}: {missing.get(backend)}")
 
 
-def slow(backend: str, device: str) -> str | None:
-    """Why the backend is to be left alone here unless it is asked for."""
-    return registry.load(backend).slow(run.probe(device))
-
-
 # What the cases compare with, from mutant to mutant of a process.
 _expectations: dict = {}
 

@@ -58,7 +58,7 @@ def as_if_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided(x.shape, strides, x.storage_offset())
 
 
-def kept(x: torch.Tensor, right: torch.Tensor, rows) -> torch.Tensor:
+def unwritten(x: torch.Tensor, right: torch.Tensor, rows) -> torch.Tensor:
     """`right` with some rows of the third dimension as they were in x."""
     right[:, :, rows] = x[:, :, rows]
     return right
@@ -232,11 +232,11 @@ MUTANTS = [
     Mutant("bf16 queries", "q is rounded to bfloat16 on the way in", of_call(lambda c: c._replace(q=c.q.bfloat16().to(c.q.dtype)))),
     Mutant("stale output", "the results of the call before", of_results(Stale())),
     Mutant("missing fill value", "out of the first row, which sees no key, is not written",
-           of_results(lambda c, out, r: (kept(c.empty_out(), out, slice(0, 1)), r))),
+           of_results(lambda c, out, r: (unwritten(c.empty_out(), out, slice(0, 1)), r))),
     Mutant("no remainder without keys", "a row that sees no key has remainder 0",
            of_results(lambda c, out, r: (out, torch.where(r == 1, 0.0, r)))),
     Mutant("last rows unwritten", "rows of out beyond a multiple of 16 are not written",
-           of_results(lambda c, out, r: (kept(c.empty_out(), out, slice(out.shape[2] // 16 * 16, None)), r))),
+           of_results(lambda c, out, r: (unwritten(c.empty_out(), out, slice(out.shape[2] // 16 * 16, None)), r))),
     Mutant("bf16 remainder", "the remainder is rounded to bfloat16",
            of_results(lambda c, out, r: (out, r.bfloat16().to(r.dtype)))),
     Mutant("remainder by difference", "1 - sum of A in place of the product", {"forward": one_minus_mass}),
@@ -262,7 +262,7 @@ MUTANTS = [
     Mutant("dk and dv swapped", "where they have one shape",
            of_gradients(lambda c, dq, dk, dv: (dq, dv, dk) if dk.shape == dv.shape else (dq, dk, dv))),
     Mutant("unseen keys unwritten", "dk of the newest key, which no query may see, is not written",
-           of_gradients(lambda c, dq, dk, dv: (dq, kept(c.empty_gradient(c.k), dk, slice(-1, None)), dv))),
+           of_gradients(lambda c, dq, dk, dv: (dq, unwritten(c.empty_gradient(c.k), dk, slice(-1, None)), dv))),
     Mutant("used-up rows lost", "rows whose stick is used up get no dq", {"backward": used_up_rows_lost}),
     Mutant("last batch entry lost", "dq of the last of several batch entries is 0",
            of_gradients(lambda c, dq, dk, dv: (torch.cat((dq[:-1], 0 * dq[-1:])) if len(dq) > 1 else dq, dk, dv))),

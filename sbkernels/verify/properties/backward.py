@@ -108,8 +108,9 @@ def gradient_of_remainder(lab: Lab) -> Result:
     n = torch.arange(lab.N, device=lab.device, dtype=torch.float64)
     exact = -beta * (1 - beta) ** n * n
     error = largest((dq[..., 0].double() - exact) / exact.abs().max())
+    # Roundings: of each dz, of their sum; and of r, the product of N factors 1 - beta.
     return [
-        ("dq", error, 3 * lab.u + lab.e * 4),
+        ("dq", error, 2 * lab.u + lab.e * (1 + lab.N * beta)),
         ("dv", largest(dv), 0.0),
         ("dk's sign", max(0.0, -dk.double().min().item()), 0.0),
     ]
@@ -123,8 +124,14 @@ def gradient_of_constant_values(lab: Lab) -> Result:
     dr = (x.dout.double() * 0.5).sum(-1).to(x.dremainder.dtype)
     _, _, dq, dk, _ = lab.gradients(x.q, x.k, c, x.dout, dr)
     size = (x.dout.double().abs() * 0.5).sum(-1).max().item()
-    spread = size * lab.D**-0.5 * max(largest(x.q), largest(x.k)) * lab.N
-    return [("dq", largest(dq), lab.e * spread), ("dk", largest(dk), lab.e * spread)]
+    # What cancels in dz is beta times sums of up to |do| . c, each right to e; with that, beta stands in for dz in dq and dk.
+    scale = lab.D**-0.5
+    beta = torch.sigmoid(scale * x.q.double() @ x.k.double().transpose(-1, -2)).tril(-1)
+    noise = lab.e * size * scale
+    return [
+        ("dq", largest(dq), noise * largest(beta @ x.k.double().abs())),
+        ("dk", largest(dk), noise * largest(beta.transpose(-1, -2) @ x.q.double().abs())),
+    ]
 
 
 @check

@@ -15,7 +15,7 @@ import torch
 from ...api import stickbreaking_attention, stickbreaking_attention_varlen
 from ...problem import describe
 from ..inputs import Case, make
-from ..tolerance import SIGMAS, half_ulp, working_dtype
+from ..tolerance import SIGMAS, half_ulp, logit_walk, working_dtype
 
 Result = list[tuple[str, float, float]]
 PROPERTIES: dict[str, Callable[[Lab], Result]] = {}
@@ -44,10 +44,9 @@ class Lab:
         return SIGMAS * half_ulp(working_dtype(self.dtype)) * math.sqrt(self.N)
 
     def e_of(self, q, k) -> float:
-        """e, and what the roundings of the products in the logits of q and k [B, H, N, D] walk (as in tolerance.py)."""
-        scale, group = q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
-        products = q.double().square() @ k.double().square().repeat_interleave(group, 1).transpose(-1, -2)
-        return self.e + SIGMAS * half_ulp(working_dtype(self.dtype)) * scale * products.max().sqrt().item()
+        """e, and what the roundings of the logits of q and k [B, H, N, D] walk."""
+        keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+        return self.e + SIGMAS * half_ulp(working_dtype(self.dtype)) * logit_walk(q.double(), keys, q.shape[-1] ** -0.5).item()
 
     def inputs(self, regime: str = "normal", seed: int = 0, **shape):
         case = Case(regime, **({"M": self.N, "N": self.N, "D": self.D, "Dv": self.D, "seed": seed} | shape))
