@@ -5,9 +5,12 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import random
+import shutil
 import threading
 import time
 import timeit
+import warnings
 
 import pytest
 import torch
@@ -181,6 +184,35 @@ def test_the_users_database_is_asked(planted, monkeypatch):
     finally:
         monkeypatch.undo()
         tuning.install()
+
+
+def test_damage_leaves_what_is_shipped(planted, tmp_path, monkeypatch):
+    """100 truncations and flipped bits of the user's database: an answer each time, the user's where it is whole."""
+    planted(1.0, config=CONFIG | {"BLOCK_N": 16})
+    planted(1.0, origin="shipped")
+    with Store(planted.path.parent / "shipped.db") as database:
+        (tmp_path / "data").mkdir()
+        database.export(tmp_path / "data" / "gpu.json")
+    whole, generator, found = planted.path.read_bytes(), random.Random(2), collections.Counter()
+    user = tmp_path / "damaged" / "t.db"
+    monkeypatch.setenv(env.TUNING_DB, str(user))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "data")
+    for damage in range(100):
+        shutil.rmtree(user.parent, ignore_errors=True)
+        user.parent.mkdir()
+        content = bytearray(whole)
+        if damage % 2:
+            content = content[: generator.randrange(len(content))]
+        else:
+            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        user.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            answer = Lookup(tuning.databases)("torch", PROBLEM)
+        assert answer.config == (CONFIG | {"BLOCK_N": 16} if "your database" in answer.provenance else CONFIG)
+        found[answer.provenance] += 1
+    print(f"\n100 damages of the user's database: {dict(found)}")
+    assert found["tuned, shipped"] > 40
 
 
 def test_answers_in_another_thread(planted):

@@ -9,6 +9,8 @@ job with the same rows choose the same.
 from __future__ import annotations
 
 import math
+import sqlite3
+import warnings
 from collections.abc import Callable
 
 from .. import registry
@@ -83,8 +85,14 @@ class Lookup:
         if key not in self._rows:
             rows = self._rows[key] = {}
             for place, (origin, store) in enumerate(self._open_stores()):
-                with store:
-                    for row in store.measured(keys.kernel(backend, direction)):
+                try:
+                    with store:
+                        found = store.measured(keys.kernel(backend, direction))
+                except (sqlite3.DatabaseError, ValueError) as error:  # of damage that opening did not see
+                    warnings.warn(f"tuned configs of {origin} are not used: {error}", stacklevel=2)
+                    continue
+                for row in found:
+                    if keys.digest(row.config) == row.config_id:
                         rows.setdefault(keys.canonical(row.problem["exact"]), []).append((place, origin, row))
         return self._rows[key]
 
@@ -112,13 +120,21 @@ def same_architecture(one: dict, other: dict) -> bool:
 
 def octaves(sizes: dict, wanted: dict, machine: dict, here: dict, config: dict) -> float | None:
     """From a tuned problem to the wanted one: |log2| of the ratios of M, N and waves, summed; None with any beyond OCTAVES."""
-    ratios = [sizes[name] / wanted[name] for name in ("queries", "keys")]
-    ratios.append(waves(sizes, machine, config) / waves(wanted, here, config))
-    distances = [abs(math.log2(ratio)) for ratio in ratios]
-    return sum(distances) if max(distances) <= OCTAVES else None
+    block = block_rows(config)
+    ratios = (
+        sizes["queries"] / wanted["queries"],
+        sizes["keys"] / wanted["keys"],
+        waves(sizes, machine, block) / waves(wanted, here, block),
+    )
+    apart = [max(ratio, 1 / ratio) for ratio in ratios]
+    return math.log2(math.prod(apart)) if max(apart) <= 2**OCTAVES else None
 
 
-def waves(sizes: dict, machine: dict, config: dict) -> float:
-    """Blocks of query rows for each multiprocessor; where a config has no BLOCK_M, rows."""
-    block = next((value for name, value in config.items() if name.endswith("BLOCK_M") and value), 1)
+def block_rows(config: dict) -> int:
+    """Query rows of a block; 1 where a config has no BLOCK_M."""
+    return next((value for name, value in config.items() if name.endswith("BLOCK_M") and value), 1)
+
+
+def waves(sizes: dict, machine: dict, block: int) -> float:
+    """Blocks of query rows for each multiprocessor or core."""
     return sizes["heads"] * -(-sizes["queries"] // block) / machine.get("multiprocessors", machine.get("cores", 1))
