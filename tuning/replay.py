@@ -8,7 +8,7 @@ import pathlib
 from typing import NamedTuple
 
 from . import keys
-from .store import MEASURED, Store
+from .store import Store
 from .strategies import STRATEGIES
 
 SEEDS = 30
@@ -16,18 +16,22 @@ SHARES = (0.05, 0.10, 0.15, 0.25)
 
 
 class Space(NamedTuple):
-    """Configs of a kernel for a problem, the default first, and their milliseconds; None where one failed."""
+    """Configs of a kernel for a problem, the default first; their times over the default's beside them, None where one failed.
+
+    confirmed: the number of the one that tuning confirmed; None where it did not.
+    """
 
     problem: dict
     configs: list[dict]
-    ms: list[float | None]
+    times: list[float | None]
+    confirmed: int | None
 
     def __len__(self) -> int:
         return len(self.configs)
 
     @property
     def best(self) -> float:
-        return min(ms for ms in self.ms if ms is not None)
+        return min(time for time in self.times if time is not None)
 
 
 def spaces(path: pathlib.Path) -> list[Space]:
@@ -40,35 +44,33 @@ def spaces(path: pathlib.Path) -> list[Space]:
     else:
         raise ValueError(f"there is no file {path}")
     with store:
-        default, medians, sizes = {}, {}, {}
+        tried, default, confirmed, sizes = {}, {}, {}, {}
         for trial in store.trials():
             key = keys.canonical([trial.bodies[kind] for kind in ("machine", "toolchain", "kernel", "problem")])
             config = keys.canonical(trial.bodies["config"])
-            of_space = medians.setdefault(key, {})
-            if trial.status in MEASURED:
-                of_space[config] = min(trial.median, of_space.get(config) or math.inf)
-            else:
-                of_space[config] = None
             sizes[key] = trial.details["space"]
+            if trial.status == "confirmed":
+                confirmed[key] = config
+            else:
+                tried.setdefault(key, {})[config] = trial.details.get("relative")
             if trial.details["default"]:
                 default[key] = config
     found = []
-    for key, of_space in sorted(medians.items()):
-        if key in default and len(of_space) == sizes[key]:
-            order = sorted(of_space, key=lambda config: (config != default[key], config))
-            *_, problem = json.loads(key)
-            found.append(Space(problem, [json.loads(config) for config in order], [of_space[config] for config in order]))
+    for key, times in sorted(tried.items()):
+        if key in default and len(times) == sizes[key]:
+            order = sorted(times, key=lambda config: (config != default[key], config))
+            number = order.index(confirmed[key]) if key in confirmed else None
+            found.append(Space(json.loads(key)[-1], list(map(json.loads, order)), [times[config] for config in order], number))
     return found
 
 
 def searched(space: Space, name: str, share: float, seed: int) -> float:
-    """The best milliseconds of what a strategy tries of a space."""
+    """The least time of what a strategy tries of a space."""
     options = {} if name == "exhaustive" else {"share": share}
     strategy, best = STRATEGIES[name](space.configs, seed, **options), math.inf
     while (number := strategy.ask()) is not None:
-        ms = space.ms[number]
-        strategy.tell(number, ms)
-        best = min(best, math.inf if ms is None else ms)
+        strategy.tell(number, space.times[number])
+        best = min(best, math.inf if space.times[number] is None else space.times[number])
     return best
 
 

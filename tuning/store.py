@@ -27,7 +27,7 @@ MEASURED = ("ok", "confirmed")
 BROKEN = ("wrong", "crashed", "hung")
 STATUSES = (*MEASURED, *BROKEN, "out of memory", "not compiled", "illegal")
 SERVED = ("confirmed", *BROKEN)  # all that lookups go by
-EXCERPT = ("at", "default", "default_ms", "space", "why")  # details that are kept without samples
+EXCERPT = ("at", "default", "default_ms", "relative", "space", "why")  # details that are kept without samples
 TABLES = (*KINDS, "trial")
 CREATE = [
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",

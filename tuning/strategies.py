@@ -24,8 +24,8 @@ class Exhaustive:
         """The next config's number; None when there is none left to try."""
         return self._order.pop() if self._order else None
 
-    def tell(self, number: int, ms: float | None) -> None:
-        """What a config took; None where it could not be measured."""
+    def tell(self, number: int, time: float | None) -> None:
+        """What a config took, in any unit; None where it could not be measured."""
 
 
 class Random(Exhaustive):
@@ -65,14 +65,14 @@ class Guided:
         self._untried.discard(number)
         return number
 
-    def tell(self, number: int, ms: float | None) -> None:
+    def tell(self, number: int, time: float | None) -> None:
         point = dict(zip(self._values, self._coordinates[number], strict=True))
         point = {name: value for name, value in point.items() if name in self._distributions}
-        failed = ms is None or not point
+        failed = time is None or not point
         self._study.add_trial(
             self._optuna.trial.create_trial(
                 state=self._optuna.trial.TrialState.FAIL if failed else self._optuna.trial.TrialState.COMPLETE,
-                params=point, distributions=self._distributions, value=None if failed else math.log(ms),
+                params=point, distributions=self._distributions, value=None if failed else math.log(time),
             )
         )  # fmt: skip
 

@@ -233,7 +233,7 @@ class Tuner:
             raise OutOfTime
 
     def _estimate(self, config) -> float | None:
-        """Milliseconds of a config beside the canary's; None where it failed."""
+        """A config's time over the canary's beside it; None where it failed."""
         return statistics.median(self.ratios[config]) if config in self.ratios else None
 
     def _trial(self, config) -> None:
@@ -258,7 +258,7 @@ class Tuner:
         self.verified.add(config)
         median = statistics.median(samples[i] for i in kept)
         self._store(
-            config, "ok", median, samples=samples, canary=canary, ratios=self.ratios[config],
+            config, "ok", median, samples=samples, canary=canary, ratios=self.ratios[config], relative=self._estimate(config),
             worst=max(result.values["worst"], worst or 0.0), discarded=len(samples) - len(kept),
         )  # fmt: skip
 

@@ -8,28 +8,31 @@ from collections.abc import Callable
 import torch
 
 from ..api import stickbreaking_attention, stickbreaking_attention_varlen
-from .inputs import Inputs
+from .inputs import Case, Inputs
 
 
-def public(x: Inputs) -> tuple[Callable, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def public(x: Inputs, check_seqlens: bool | None = False) -> tuple[Callable, list[torch.Tensor], tuple[torch.Tensor, ...]]:
     """(operator of q, k, v; those three; gradients of its two results), in the layout that the case is of.
 
-    cu_seqlens is trusted, so that a call does not wait for the device.
+    check_seqlens: the operator's, by default such that a call does not wait for the device.
     """
     case = x.case
-    options = case.options
     tensors, upstream = [x.q, x.k, x.v], (x.dout, x.dremainder)
     if case.lengths:
-        longest = max(case.lengths)
-        operator = functools.partial(
-            stickbreaking_attention_varlen, cu_seqlens=x.cu_seqlens, max_seqlen=longest, check_seqlens=False, **options
-        )
+        lengths = {"cu_seqlens": x.cu_seqlens, "max_seqlen": max(case.lengths), "check_seqlens": check_seqlens}
+        operator = functools.partial(stickbreaking_attention_varlen, **lengths, **case.options)
         return operator, [t[0].transpose(0, 1) for t in tensors], tuple(t[0].transpose(0, 1) for t in upstream)
-    operator = functools.partial(stickbreaking_attention, **options)
-    if case.layout != "bnhd":
-        return operator, tensors, upstream
-    operator = functools.partial(operator, layout="bnhd")
-    return operator, [t.transpose(1, 2) for t in tensors], tuple(t.transpose(1, 2) for t in upstream)
+    if case.layout == "bnhd":
+        operator = functools.partial(stickbreaking_attention, layout="bnhd", **case.options)
+        return operator, [t.transpose(1, 2) for t in tensors], tuple(t.transpose(1, 2) for t in upstream)
+    return functools.partial(stickbreaking_attention, **case.options), tensors, upstream
+
+
+def canonical(t: torch.Tensor, case: Case) -> torch.Tensor:
+    """A result or gradient of `public` in canonical order."""
+    if case.lengths:
+        return t.transpose(0, 1)[None]
+    return t.transpose(1, 2) if case.layout == "bnhd" else t
 
 
 def passes(x: Inputs) -> dict[str, Callable]:

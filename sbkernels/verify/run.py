@@ -11,11 +11,11 @@ import time
 import torch
 
 from .. import registry, workers
-from ..api import stickbreaking_attention, stickbreaking_attention_varlen
 from ..backends.base import guarded_outputs
 from ..dispatch import use_backend
 from ..problem import DTYPES, describe
 from . import inputs, properties, tolerance
+from .calls import canonical, public
 from .inputs import SKIP_BELOW as SKIP_BELOW
 from .tolerance import Finding
 
@@ -71,21 +71,12 @@ def why_not(backend, variant: str, problem) -> str:
 
 def attend(x: inputs.Inputs, guarded: bool = True) -> tuple[torch.Tensor, ...]:
     """out, remainder, dq, dk, dv in canonical order, through the public API; guarded: with poisoned and guarded outputs."""
-    case = x.case
-    q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
-    options = case.options
+    operator, tensors, upstream = public(x, check_seqlens=None)
+    leaves = [t.detach().requires_grad_() for t in tensors]
     with guarded_outputs() if guarded else contextlib.nullcontext():
-        if case.lengths:
-            flat = [t[0].transpose(0, 1) for t in (q, k, v)]
-            outputs = stickbreaking_attention_varlen(*flat, x.cu_seqlens, max(case.lengths), **options)
-            outputs = [t.transpose(0, 1)[None] for t in outputs]
-        elif case.layout == "bnhd":
-            outputs = stickbreaking_attention(*(t.transpose(1, 2) for t in (q, k, v)), layout="bnhd", **options)
-            outputs = [t.transpose(1, 2) for t in outputs]
-        else:
-            outputs = stickbreaking_attention(q, k, v, **options)
-        gradients = torch.autograd.grad(outputs, (q, k, v), (x.dout, x.dremainder))
-    return *(t.detach() for t in outputs), *gradients
+        outputs = operator(*leaves)
+        gradients = torch.autograd.grad(outputs, leaves, upstream)
+    return tuple(canonical(t.detach(), x.case) for t in (*outputs, *gradients))
 
 
 def expectation(x: inputs.Inputs) -> list[tuple[slice, tolerance.Expected]]:
