@@ -21,8 +21,8 @@ from . import inputs, run
 from .inputs import Case
 
 FAMILY = 8
-LARGEST_CPU, LARGEST_GPU = 1024, 2048  # most tokens of a problem
-LOGITS_CPU, LOGITS_GPU = 2**22, 2**25  # most logits of a problem, all heads together
+# Most tokens of a problem and most logits, all heads together; slow: through an interpreter.
+SIZES = {"cuda": (2048, 2**25), "cpu": (1024, 2**22), "slow": (160, 2**17)}
 DEADLINE_SECONDS = 120.0  # of a case, with the start of its process and what it compiles
 SHRINK_SECONDS = 120.0
 MOST_FAILURES = 10  # a run ends with as many
@@ -52,9 +52,14 @@ def _width(rng: random.Random) -> int:
     return rng.choice((rng.randint(1, 256), rng.randint(1, 64)))
 
 
-def draw(seed: int, device: str) -> Case:
-    """The case of a seed."""
-    largest, most = (LARGEST_CPU, LOGITS_CPU) if device == "cpu" else (LARGEST_GPU, LOGITS_GPU)
+def size_of(backend: str, device: str) -> str:
+    """Which of SIZES a backend's problems have."""
+    return "slow" if registry.load(backend).slow(run.probe(device)) else device.split(":")[0]
+
+
+def draw(seed: int, size: str) -> Case:
+    """The case of a seed at one of SIZES."""
+    largest, most = SIZES[size]
     family, rng = random.Random(f"family {seed // FAMILY}"), random.Random(f"seed {seed}")
     D = _width(family)
     Hk, group = family.choice((1, 1, 2, 3)), family.choice((1, 1, 1, 2, 3, 4))
@@ -90,7 +95,7 @@ def draw(seed: int, device: str) -> Case:
 
 def job_of(seed: int, backend: str, device: str) -> Job:
     """What a seed runs: its case in a dtype and a variant the backend takes it in."""
-    case, family = draw(seed, device), random.Random(f"kernels {seed // FAMILY}")
+    case, family = draw(seed, size_of(backend, device)), random.Random(f"kernels {seed // FAMILY}")
     loaded = registry.load(backend)
     dtype = family.choice(dtypes(backend, device))
     problem = run.problem_of(inputs.make(case, DTYPES[dtype], device))
@@ -242,6 +247,6 @@ def fuzz(backend: str, device: str, seeds: range, processes: int = 1) -> Iterato
     with contextlib.closing(workers.run(work, list(families.values()), processes, DEADLINE_SECONDS)) as results:
         for seed, found, lost in results:
             if found is None:
-                job = (backend, "", dtypes(backend, device)[0], draw(seed, device))
+                job = (backend, "", dtypes(backend, device)[0], draw(seed, size_of(backend, device)))
                 found = job, run.Outcome(*job[:3], str(job[3]), error=lost)
             yield seed, *found
