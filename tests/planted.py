@@ -18,11 +18,11 @@ FAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Planted:
-    """fault: one of FAULTS or none; number tells configs apart; slowness: milliseconds that a call sleeps."""
+    """fault: one of FAULTS or none; number tells configs apart; delay: milliseconds that a call sleeps."""
 
     fault: str = "none"
     number: int = 0
-    slowness: float = 0.0
+    delay: float = 0.0
 
 
 class PlantedBackend(TorchBackend):
@@ -54,7 +54,7 @@ class PlantedBackend(TorchBackend):
             raise torch.OutOfMemoryError("planted: out of memory")
         if config.fault == "raises":
             raise RuntimeError("planted: an error")
-        time.sleep(config.slowness / 1e3)
+        time.sleep(config.delay / 1e3)
         out, remainder, saved = super().forward(call, TorchConfig(64, 64, 2))
         if config.fault == "wrong tail" and call.problem.queries % 64:
             out[..., -1, :] *= 1.01

@@ -22,9 +22,10 @@ from sbkernels import registry
 from sbkernels.config import to_dict
 from sbkernels.problem import Problem
 from sbkernels.tuning import benches, keys, lookup, problems, race, replay, trial, tune
+from sbkernels.tuning.session import Clock, Policy, Session
 from sbkernels.tuning.store import Store
 from sbkernels.tuning.strategies import STRATEGIES
-from sbkernels.tuning.tuner import Clock, Policy, Session, Tuner, frozen
+from sbkernels.tuning.tuner import Tuner, frozen
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from planted import FAULTS, Planted, PlantedBackend
@@ -234,7 +235,7 @@ def test_configs_are_verified_and_timed_on_what_was_asked(problem):
         assert dataclasses.replace(problem_of(x), layout=problem.layout) == small and small.keys == length
     default = frozen(registry.load("torch").default_config(problem))
     for p in (problem, problem.reversed()):
-        for action, argument in (("verify", 1), ("time", 2), ("check", None)):
+        for action, argument in (("verify", 1), ("time", (2, default)), ("check", None)):
             result = trial.work((action, trial.Subject("torch", p, default), argument), {})
             assert result.status == "ok", result
 
@@ -316,7 +317,7 @@ RANKS = """
 import sys
 from sbkernels.problem import Problem
 from sbkernels.tuning import ranks, tune
-from sbkernels.tuning.tuner import Session
+from sbkernels.tuning.session import Session
 import pathlib
 found = [Problem(1, 1, 1, n, n, 16, 16, "float32", "cpu") for n in (16, 32)]
 wanted, _ = tune.tasks(found, ("torch",), ("forward",))

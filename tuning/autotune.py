@@ -50,8 +50,8 @@ def on_miss(backend, problem: Problem) -> bool:
 
 def main(name: str, fields: str) -> None:
     """Tune one problem, given as JSON of its fields, within SECONDS."""
+    from .session import Session
     from .tune import Task, tune
-    from .tuner import Session
 
     problem = Problem(**json.loads(fields))
     tune([Task(name, problem)], env.tuning_database(), Session(seconds=SECONDS), [problem.device])

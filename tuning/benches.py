@@ -97,7 +97,11 @@ class Recorded:
         median = self._medians.get(subject)
         if median is None:
             return Result("crashed", "was not measured")
-        return Result("ok", values={"samples": [median] * argument} if action == "time" else {"worst": 0.0})
+        if action != "time":
+            return Result("ok", values={"worst": 0.0})
+        count, canary = argument
+        beside = {} if canary is None else {"canary": [self._medians[subject._replace(config=canary)]] * count}
+        return Result("ok", values={"samples": [median] * count} | beside)
 
 
 def act(item, state: dict, backends: dict[str, str], low_priority: bool = False) -> Result | workers.Last:

@@ -12,10 +12,10 @@ import pathlib
 import torch
 import torch.distributed as dist
 
+from .session import Outcome, Session
 from .store import Store
 from .tune import Task
 from .tune import tune as tune_here
-from .tuner import Outcome, Session
 
 
 def world() -> int:
@@ -35,13 +35,14 @@ def tune(wanted: list[Task], database: pathlib.Path, session: Session, devices: 
 
     The same on all ranks: the task list and the order of its shares. Starts a gloo process group where there is none.
     """
-    if not dist.is_initialized():
+    ours = not dist.is_initialized()
+    if ours:
         dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     own = pathlib.Path(f"{database}.rank{rank}")
     outcomes = tune_here(wanted[rank::size], own, session, devices, **options)
     with Store(own) as store:
-        text = store.export().read_text(encoding="utf-8")
+        text = store.text()
     gathered: list[str | None] = [None] * size
     dist.all_gather_object(gathered, text)
     if int(os.environ.get("LOCAL_RANK", rank)) == 0:
@@ -49,4 +50,6 @@ def tune(wanted: list[Task], database: pathlib.Path, session: Session, devices: 
             for each in gathered:
                 store.take_in_text(each, "a rank's records")
     dist.barrier()
+    if ours:
+        dist.destroy_process_group()
     return outcomes

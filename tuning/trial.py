@@ -6,6 +6,7 @@ a backward config that goes with it, and the other way round: what a forward sav
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import itertools
@@ -277,17 +278,32 @@ def spans(x: inputs.Inputs) -> tuple[tuple[int, int], tuple[int, int]]:
     return filled[0], filled[-1]
 
 
-def time(subject: Subject, count: int) -> Result:
-    """Up to `count` samples in milliseconds, fewer where they take long, after one call that is not timed."""
+def time(subject: Subject, argument: tuple[int, tuple | None]) -> Result:
+    """Up to so many samples in milliseconds, fewer where they take long, after one call that is not timed.
+
+    argument: how many, and a config of the same problem to take a sample of before each, as "canary"; None for none.
+    """
+    count, canary = argument
+    configs = {"samples": subject.config} | ({} if canary is None else {"canary": canary})
+    x, sample = timed_inputs(forward_of(subject.problem)), sampler(subject.problem.device)
+    functions, found = {}, {name: [] for name in reversed(configs)}
+    for name in found:
+        functions[name] = timed_function(subject._replace(config=configs[name]), x)
+        functions[name](sample)
+    spent = 0.0
+    while not found["samples"] or (len(found["samples"]) < count and spent < TURN_MS):
+        for name, times in found.items():
+            times.append(functions[name](sample))
+            spent += times[-1]
+    return Result("ok", values=found)
+
+
+def timed_function(subject: Subject, x: inputs.Inputs):
+    """A function of a sampler that takes a sample of the subject on its inputs."""
     backend, forward, backward = both_configs(subject)
-    x = timed_inputs(forward_of(subject.problem))
     with use_backend(backend.name, forward=forward, backward=backward):
-        function = passes(x)[subject.problem.direction]
-        sample, samples = sampler(subject.problem.device), []
-        sample(function)
-        while not samples or (len(samples) < count and sum(samples) < TURN_MS):
-            samples.append(sample(function))
-        return Result("ok", values={"samples": samples})
+        function, context = passes(x)[subject.problem.direction], contextvars.copy_context()
+    return lambda sample: context.run(sample, function)  # in one context, so that what was planned is planned once
 
 
 sampler = functools.cache(timer.sampler)

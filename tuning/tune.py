@@ -14,8 +14,9 @@ from typing import NamedTuple
 from .. import registry
 from ..problem import Problem
 from .benches import Compilers, Killable
+from .session import Clock, Outcome, Session
 from .store import Store
-from .tuner import Clock, Outcome, Session, Tuner
+from .tuner import Tuner
 
 DIRECTIONS = ("forward", "backward")
 

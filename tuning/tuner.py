@@ -15,98 +15,26 @@ import dataclasses
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 
 from .. import config as configs
-from .. import environment
 from ..problem import Problem
 from . import keys, race
+from .session import Clock, Outcome, Session, now
 from .store import BROKEN, MEASURED, Store, Trial
 from .strategies import STRATEGIES
 from .trial import Result, Subject
 
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """How trials are measured; stored with each."""
-
-    samples: int = 5  # a turn
-    trial_turns: int = 4  # at most, of a trial
-    race_turns: int = 12  # at most, of the race at the end
-    finalists: int = 4  # that race the default
-
-
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """What is common to a run's trials. seconds: its wall-time budget; None is none."""
-
-    strategy: str = "exhaustive"
-    seed: int = 0
-    seconds: float | None = None
-    policy: Policy = Policy()
-    started: str = dataclasses.field(default_factory=lambda: now())
-    git: str = dataclasses.field(default_factory=environment.git_state)
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What a run found for one problem with one backend."""
-
-    backend: str
-    problem: Problem
-    configs: int = 0  # of the space
-    tried: int = 0  # now
-    known: int = 0  # from earlier runs
-    failed: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by status
-    best: dict | None = None  # the confirmed config
-    ms: float | None = None
-    default_ms: float | None = None
-    ties: list[dict] = dataclasses.field(default_factory=list)  # configs as fast as the best within noise
-    why: str = ""  # where nothing was confirmed
-
-    @property
-    def gain(self) -> float | None:
-        """The default's time over the best's; 1 where the default is the best."""
-        return None if self.ms is None else self.default_ms / self.ms
+LEAST_TURNS = 3  # of the race, before anything is concluded
 
 
 class OutOfTime(Exception):
     """The budget is used up."""
 
 
-class DefaultFailed(Exception):
-    """The default config, which all others are measured beside, failed while another was measured."""
-
-
-class Clock:
-    """What is left of a wall-time budget in seconds, None being none, and never more than `whole` has left. stop() uses it up."""
-
-    def __init__(self, seconds: float | None = None, whole: Clock | None = None):
-        self._end = float("inf") if seconds is None else time.monotonic() + seconds
-        self._whole = whole
-
-    def left(self) -> float:
-        left = self._end - time.monotonic()
-        return left if self._whole is None else min(left, self._whole.left())
-
-    def stop(self) -> None:
-        self._end = float("-inf")
-
-    def part(self, share: float) -> Clock:
-        """A clock with a share of what is left."""
-        left = self.left()
-        return Clock(None if left == float("inf") else left * share, self)
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
-
-
 def frozen(config) -> tuple[tuple[str, object], ...]:
-    """A config, or its dict, as Subject has it."""
-    return tuple((config if isinstance(config, dict) else configs.to_dict(config)).items())
+    """A config, or its dict with the fields in any order, as Subject has it."""
+    return tuple(sorted((config if isinstance(config, dict) else configs.to_dict(config)).items()))
 
 
 class Tuner:
@@ -135,7 +63,7 @@ class Tuner:
     def run(self) -> Outcome:
         """Try what the strategy proposes, as long as there is time; then confirm the best, unless it is and nothing is new."""
         confirmed = self._recall()
-        with contextlib.suppress(OutOfTime, DefaultFailed):
+        with contextlib.suppress(OutOfTime):
             self._try_all()
         if confirmed is not None and not self.outcome.tried:
             self._report(frozen(confirmed.bodies["config"]), confirmed.median, confirmed.details)
@@ -267,18 +195,12 @@ class Tuner:
         best = min(self.ratios.values(), key=statistics.median, default=None)
         policy, samples, canary = self.session.policy, [], []
         for turn in range(policy.trial_turns):
-            beside = self.bench.act("time", self._subject(self.default), policy.samples)
-            if beside.status != "ok" and config != self.default:
-                self._fail(self.default, beside)
-                raise DefaultFailed
-            result = beside
-            if config != self.default:
-                result = self.bench.act("time", self._subject(config), policy.samples)
+            beside = None if config == self.default else self.default
+            result = self.bench.act("time", self._subject(config), (policy.samples, beside))
             if result.status != "ok":
                 return result
-            for sample, other in zip(result.values["samples"], beside.values["samples"], strict=False):
-                samples.append(sample)
-                canary.append(other)
+            samples += result.values["samples"]
+            canary += result.values["canary" if beside else "samples"]
             ratios = [samples[i] / canary[i] for i in race.quiet(canary)]
             slower = best is not None and race.behind(ratios, best)
             if slower or (turn and race.known(ratios)) or self.clock.left() <= 0:
@@ -338,17 +260,19 @@ class Tuner:
         """({config: samples}, None) measured in turns until the fastest is known well; or ({}, (config, Result)) of what failed."""
         policy, samples = self.session.policy, {config: [] for config in finalists}
         running = list(finalists)
-        for turn in range(policy.race_turns if len(finalists) > 1 else 2):
+        for turn in range(policy.race_turns):
             for config in running:
-                result = self.bench.act("time", self._subject(config), policy.samples)
+                result = self.bench.act("time", self._subject(config), (policy.race_samples, None))
                 if result.status != "ok":
                     return {}, (config, result)
                 samples[config] += result.values["samples"]
+            if turn + 1 < LEAST_TURNS:
+                continue
             kept = race.quiet(samples[self.default])
             now_kept = {config: [samples[config][i] for i in kept if i < len(samples[config])] for config in finalists}
             leader = min(running, key=lambda config: statistics.median(now_kept[config]))
             running = [c for c in running if c == self.default or not race.behind(now_kept[c], now_kept[leader])]
-            if turn and (race.known(now_kept[leader]) or self.clock.left() <= 0):
+            if race.known(now_kept[leader]) or self.clock.left() <= 0:
                 break
         return now_kept, None
 

@@ -16,9 +16,9 @@ from .. import env, registry, tuning
 from ..dispatch import BackendError, availability_text
 from ..problem import DTYPES
 from ..tuning import problems, ranks, replay, store
+from ..tuning.session import Outcome, Session
 from ..tuning.strategies import STRATEGIES
 from ..tuning.tune import DIRECTIONS, Task, tasks, tune
-from ..tuning.tuner import Outcome, Session
 from .main import EXCEEDED, INTERRUPTED, OK
 from .shared import backend_names, check_device, out, progress_bar, table
 
