@@ -91,7 +91,7 @@ STRATEGIES = {"exhaustive": Exhaustive, "random": Random, "guided": Guided}
 
 def sampler(optuna, seed: int):
     """Optuna's model."""
-    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=0, deterministic_objective=True)
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=0)
 
 
 def count(size: int, share: float) -> int:

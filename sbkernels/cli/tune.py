@@ -78,8 +78,11 @@ def chosen_tasks(arguments, device: str) -> tuple[list[Task], dict[str, str]]:
     flags = {"attend_current": arguments.attend_current, "skip": not arguments.no_skip}
     found = [problems.parse(text, dtype, device, **flags) for text in arguments.shape or ()]
     directions = DIRECTIONS if arguments.direction == "both" else (arguments.direction,)
-    names = backend_names(arguments.backend) or registry.names()
-    wanted, missing = tasks(found or problems.SETS[name](device), names, directions)
+    asked, (*names, last) = backend_names(arguments.backend), registry.names()
+    wanted, missing = tasks(found or problems.SETS[name](device), asked or registry.names(), directions)
+    if asked is None and any(task.backend in names for task in wanted):  # nobody runs the last resort where others can
+        wanted = [task for task in wanted if task.backend != last]
+        missing[last] = "others run these problems; --backend asks for it"
     if not wanted:
         raise BackendError(f"nothing to tune on {device}\n{availability_text()}")
     return wanted, missing
