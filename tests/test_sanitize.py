@@ -99,7 +99,7 @@ def test_planted_bugs_compile(tmp_path):
 
 
 def test_problems_are_distinct_and_can_be_made():
-    assert len(set(sanitize.PROBLEMS)) == len(sanitize.PROBLEMS) == 20
+    assert len(set(sanitize.PROBLEMS)) == len(sanitize.PROBLEMS) == 22
     for case in sanitize.PROBLEMS:
         inputs.make(case, sanitize.DTYPE, "cpu")
 
