@@ -13,7 +13,7 @@ import pytest
 
 from sbkernels.problem import Problem
 from sbkernels.registry import load
-from sbkernels.tuning import keys, store
+from sbkernels.tuning import disk, keys, store
 from sbkernels.tuning.store import NewerDatabase, Store
 
 PROBLEM = Problem(2, 8, 4, 512, 512, 64, 64, "float32", "cpu")
@@ -254,8 +254,8 @@ def test_a_read_only_database_is_read(tmp_path):
 
 
 def test_network_file_systems_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "file_system", lambda path: "nfs4")
+    monkeypatch.setattr(disk, "file_system", lambda path: "nfs4")
     with pytest.raises(OSError, match=r"on a network file system \(nfs4\).*sbk db merge"):
         Store(tmp_path / "a.db")
     monkeypatch.undo()
-    assert store.file_system(tmp_path) not in ("", "nfs4")
+    assert disk.file_system(tmp_path) not in ("", "nfs4")

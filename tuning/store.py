@@ -17,6 +17,7 @@ import sqlite3
 import time
 
 from . import keys
+from .disk import of_the_disk, refuse_network
 
 SCHEMA = 1
 BUSY_SECONDS = 30.0  # how long a writer waits for another
@@ -37,30 +38,6 @@ CREATE = [
     + "status TEXT NOT NULL, median REAL, body TEXT NOT NULL) WITHOUT ROWID",
     "CREATE INDEX trial_of ON trial (kernel, machine, problem, toolchain)",
 ]
-
-
-NETWORK = (
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "fuse.sshfs",
-    "9p",
-    "afs",
-    "wekafs",
-    "fuse.gcsfuse",
-)
-# What SQLite says where the file is not at fault.
-OF_THE_DISK = ("unable to open", "readonly", "locked", "disk i/o error", "is full", "busy")
-
-
-def _of_the_disk(error: BaseException) -> bool:
-    return isinstance(error, sqlite3.OperationalError) and any(words in str(error).lower() for words in OF_THE_DISK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,26 +67,6 @@ class Trial:
     details: dict
 
 
-def file_system(path: pathlib.Path) -> str:
-    """Type of the file system a path is on, as the kernel names it; empty where it does not say."""
-    try:
-        mounts = [line.split() for line in pathlib.Path("/proc/self/mounts").read_text().splitlines()]
-    except OSError:
-        return ""
-    around = [fields for fields in mounts if path.resolve().is_relative_to(fields[1])]
-    return max(around, key=lambda fields: len(fields[1]))[2] if around else ""
-
-
-def refuse_network(path: pathlib.Path) -> None:
-    """OSError where the file would be on a network file system."""
-    kind = file_system(path)
-    if kind in NETWORK:
-        raise OSError(
-            f"{path} is on a network file system ({kind}), where SQLite's locks do not hold: keep a database on each machine's "
-            "disk (SBKERNELS_TUNING_DB) and put them together with `sbk db merge`"
-        )
-
-
 class NewerDatabase(RuntimeError):
     """A file was written by a later version of sbkernels; it is left as it is."""
 
@@ -130,7 +87,7 @@ class Store:
                 refuse_network(self.path)
             self._connection = self._open()
         except (sqlite3.Error, UnicodeDecodeError) as error:
-            if not writable or _of_the_disk(error):
+            if not writable or of_the_disk(error):
                 raise OSError(f"cannot open the tuning database {self.path}: {error}") from error
             self._set_aside(str(error))
 
@@ -306,7 +263,7 @@ class Store:
         except BaseException as error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-            if _of_the_disk(error):
+            if of_the_disk(error):
                 raise OSError(f"cannot write the tuning database {self.path}: {error}") from error
             raise
 
