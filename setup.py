@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -12,14 +12,7 @@ import build_cuda  # noqa: E402
 
 # Folders whose bare names would collide with other people's packages live inside the sbkernels namespace.
 MAPPED = {"triton_kernels": "triton_kernels", "tuning": "tuning", "csrc": "csrc"}
-PACKAGES = [
-    "sbkernels",
-    "sbkernels.backends",
-    "sbkernels.bench",
-    "sbkernels.cli",
-    "sbkernels.verify",
-    "sbkernels.verify.properties",
-]
+PACKAGES = ["sbkernels", *(f"sbkernels.{name}" for name in find_packages("sbkernels", exclude=[*MAPPED]))]
 
 EXTENSION = "sbkernels._C"
 
