@@ -12,7 +12,7 @@ import build_cuda  # noqa: E402
 
 # Folders whose bare names would collide with other people's packages live inside the sbkernels namespace.
 MAPPED = {"triton_kernels": "triton_kernels", "tuning": "tuning", "csrc": "csrc"}
-PACKAGES = ["sbkernels", *(f"sbkernels.{name}" for name in find_packages("sbkernels", exclude=[*MAPPED]))]
+PACKAGES = ["sbkernels", *(f"sbkernels.{name}" for name in find_packages(ROOT / "sbkernels", exclude=[*MAPPED]))]
 
 EXTENSION = "sbkernels._C"
 
