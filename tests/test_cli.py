@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sbkernels.cli import main
 from sbkernels.problem import Problem
 from sbkernels.tuning import keys
 from sbkernels.tuning.store import Store
@@ -134,7 +135,13 @@ def test_verify_refuses():
     assert sbk("verify", "--backend", "none").returncode == 2
 
 
-def test_db(tmp_path):
+def refused(capsys, *arguments) -> str:
+    """What a command says that cannot be met, run in this process."""
+    assert main.main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_db(tmp_path, capsys):
     """Export, import, merge, show, history, check, prune; wrong arguments."""
     one, other, export = (str(tmp_path / name) for name in ("one.db", "other.db", "export.json"))
     assert sbk("db", "show", "--db", one).returncode == 2
@@ -158,8 +165,7 @@ def test_db(tmp_path):
         (("import", str(tmp_path / "none")), "there is no file"), (("import", one), "is no export of a tuning database"),
         (("merge", other), "with itself"), (("show", "--only", "served"), "expected with export"),
     ):  # fmt: skip
-        refused = sbk("db", *arguments, "--db", other)
-        assert refused.returncode == 2 and words in refused.stderr, arguments
+        assert words in refused(capsys, "db", *arguments, "--db", other), arguments
 
 
 def test_tune_and_explain(tmp_path):
@@ -172,7 +178,7 @@ def test_tune_and_explain(tmp_path):
     assert "(tuned, your database)" in sbk("explain", *sizes, SBKERNELS_TUNING_DB=path).stdout
 
 
-def test_tune_refuses(tmp_path):
+def test_tune_refuses(tmp_path, capsys):
     newer = tmp_path / "newer.db"
     with Store(newer) as store:
         store._connection.execute("PRAGMA user_version = 99")
@@ -184,8 +190,7 @@ def test_tune_refuses(tmp_path):
         (("--gpus", "all"), "no CUDA device"), (("--db", "/proc/none/t.db"), "/proc/none"), (("--db", str(newer)), "has schema 99"),
         (("--replay", str(tmp_path / "none")), "there is no file"),
     ):  # fmt: skip
-        refused = sbk("tune", "--device", "cpu", *arguments)
-        assert (refused.returncode, words in refused.stderr, "Traceback" in refused.stderr) == (2, True, False), refused.stderr
+        assert words in refused(capsys, "tune", "--device", "cpu", *arguments), arguments
 
 
 def test_tune_is_interrupted(tmp_path):

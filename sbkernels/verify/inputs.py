@@ -262,4 +262,5 @@ def cases(large: bool) -> list[Case]:
             for regime, skip in (("critical", False), ("critical", True), ("std10", True), ("std30", False), ("ternary", True))
         ]
         found += [Case(lengths=(4000, 17, 0, 2048, 1), H=8, Hk=2, D=128, Dv=128, skip=True), Case(M=512, N=8192, D=128, Dv=128)]
+        found += [Case(M=64, N=32768, D=dim, Dv=dim) for dim in (64, 128)]  # a bias of each share shows in what is left
     return found
