@@ -178,6 +178,11 @@ def test_tune_and_explain(tmp_path):
     assert "(tuned, your database)" in sbk("explain", *sizes, SBKERNELS_TUNING_DB=path).stdout
 
 
+def test_the_guided_search_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert "pip install 'sbkernels[tune]'" in refused(capsys, "tune", "--device", "cpu", "--strategy", "guided")
+
+
 def test_tune_refuses(tmp_path, capsys):
     newer = tmp_path / "newer.db"
     with Store(newer) as store:

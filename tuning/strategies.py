@@ -37,13 +37,10 @@ class Random(Exhaustive):
 
 
 class Guided:
-    """A share of them, proposed by Optuna's Gaussian process from what was measured so far. ImportError without Optuna."""
+    """A share of them, proposed by Optuna's Gaussian process from what was measured so far. RuntimeError without Optuna."""
 
     def __init__(self, space: list[dict], seed: int = 0, hints: list[int] = (), share: float = 0.15):
-        try:
-            import optuna
-        except ImportError as error:
-            raise ImportError("the guided strategy needs Optuna: pip install 'sbkernels[tune]'") from error
+        optuna = load_optuna()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._space, self._random = space, random.Random(seed)
         self._left = count(len(space), share)
@@ -87,6 +84,16 @@ class Guided:
 
 
 STRATEGIES = {"exhaustive": Exhaustive, "random": Random, "guided": Guided}
+
+
+def load_optuna():
+    """The module. RuntimeError, saying what brings it, where it is not installed."""
+    try:
+        import optuna
+        import scipy  # noqa: F401  what its Gaussian process stands on
+    except ImportError as error:
+        raise RuntimeError(f"the guided strategy needs Optuna: pip install 'sbkernels[tune]' ({error})") from error
+    return optuna
 
 
 def sampler(optuna, seed: int):

@@ -17,7 +17,7 @@ from ..dispatch import BackendError, availability_text
 from ..problem import DTYPES
 from ..tuning import problems, ranks, replay, store
 from ..tuning.session import Outcome, Session
-from ..tuning.strategies import STRATEGIES
+from ..tuning.strategies import STRATEGIES, load_optuna
 from ..tuning.tune import DIRECTIONS, Task, tasks, tune
 from .main import EXCEEDED, INTERRUPTED, OK
 from .shared import backend_names, check_device, out, progress_bar, table
@@ -29,6 +29,8 @@ def command(arguments) -> int:
     """Exit status 1 where nothing could be confirmed for some problem."""
     if arguments.replay:
         return show_replay(pathlib.Path(arguments.replay))
+    if arguments.strategy == "guided":
+        load_optuna()  # an answer now rather than after the first trial
     devices = chosen_devices(arguments)
     wanted, missing = chosen_tasks(arguments, devices[0])
     session = Session(arguments.strategy, arguments.seed, arguments.budget)
@@ -36,7 +38,7 @@ def command(arguments) -> int:
     if session.seconds is not None and not session.seconds >= least:
         raise ValueError(f"--budget {session.seconds:g}: expected at least {least:g} seconds for {len(wanted)} searches")
     path = pathlib.Path(arguments.db) if arguments.db else env.tuning_database()
-    with store.Store(path) as database:  # an answer now rather than after the first trial
+    with store.Store(path) as database:  # the same
         if database.mended:
             out.print(f"[red]{escape(database.mended)}[/red]")
     for name, reason in missing.items():
