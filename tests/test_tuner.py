@@ -134,6 +134,22 @@ def test_a_tie_keeps_the_default_and_a_second_run_measures_nothing(planted, tmp_
         assert (again.best, again.ms, again.ties) == (outcome.best, outcome.ms, outcome.ties)
 
 
+def test_neighbours_say_where_to_begin(planted, tmp_path):
+    """What was fastest at the nearest other sizes is tried first; nothing is asked of the problem's own trials."""
+    medians = {Planted("none", i): ms for i, ms in enumerate((4.0, 3.0, 1.0, 2.0))}
+    PlantedBackend.space = list(medians)
+    sizes = {n: dataclasses.replace(PROBLEM, queries=n, keys=n) for n in (70, 100, 400)}
+    bench = benches.Recorded({trial.Subject("planted", p, frozen(c)): ms for p in sizes.values() for c, ms in medians.items()})
+    with Store(tmp_path / "t.db") as store:
+        assert Tuner(planted, sizes[70], Session(), store, bench)._hints() == []
+        for n in (100, 400):
+            tuned(planted, store, bench, sizes[n])
+        assert Tuner(planted, sizes[70], Session(), store, bench)._hints() == [2, 3, 1, 0]
+        tuned(planted, store, bench, sizes[70])
+        numbers = [t.bodies["config"]["number"] for t in store.trials(problem=keys.problem(sizes[70])) if t.status == "ok"]
+        assert numbers == [0, 2, 3, 1]
+
+
 def test_a_default_that_fails_ends_the_search(planted, tmp_path, monkeypatch):
     monkeypatch.setattr(PlantedBackend, "default_config", lambda self, problem: Planted("raises"))
     PlantedBackend.space = [Planted("none", 1)]

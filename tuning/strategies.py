@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 
+FEW_HINTS = 3  # that strategies go by which try a share only
 START_SHARE = 0.4  # of what `guided` may try before the model is asked: hints, else spread over the space
 
 
@@ -32,7 +33,7 @@ class Random(Exhaustive):
     """A share of them, drawn."""
 
     def __init__(self, space: list[dict], seed: int = 0, hints: list[int] = (), share: float = 0.15):
-        super().__init__(space, seed, hints)
+        super().__init__(space, seed, hints[:FEW_HINTS])
         del self._order[: -count(len(space), share)]
 
 
@@ -48,7 +49,9 @@ class Guided:
         self._coordinates = [tuple(self._values[name].index(config[name]) for name in config) for config in space]
         self._untried = set(range(len(space)))
         start = max(1, round(self._left * START_SHARE))
-        self._start = list(dict.fromkeys([0, *hints]))[:start] if hints else spread(self._coordinates, start, self._random)
+        self._start = (
+            list(dict.fromkeys([0, *hints[:FEW_HINTS]]))[:start] if hints else spread(self._coordinates, start, self._random)
+        )
         self._study = optuna.create_study(sampler=sampler(optuna, seed))
         self._optuna = optuna
         varied = {name: len(values) for name, values in self._values.items() if len(values) > 1}

@@ -100,14 +100,16 @@ class Tuner:
         return confirmed if confirmed is None or frozen(confirmed.bodies["config"]) in self.ratios else None
 
     def _hints(self) -> list[int]:
-        """Configs that were measured for the nearest sizes, fastest first: with any sources of this backend's kernels, anywhere."""
+        """Configs that were measured for the nearest other sizes, fastest first: with any sources of these kernels, anywhere."""
         found, wanted = [], self.bodies["problem"]
         for row in self.store.measured():
             alike = row.kernel["backend"] == self.backend.name and row.problem["exact"] == wanted["exact"]
-            if alike and row.ms is not None and frozen(row.config) in self.space:
+            other = row.problem["sizes"] != wanted["sizes"]
+            if alike and other and row.ms is not None and frozen(row.config) in self.space:
                 apart = sum(abs(math.log2(row.problem["sizes"][name] / size)) for name, size in wanted["sizes"].items())
                 found.append((apart, keys.canonical(row.problem), row.ms, self.space.index(frozen(row.config))))
-        return [number for apart, *_, number in sorted(found) if apart == min(found)[0]]
+        nearest = min(found)[:2] if found else None
+        return [number for apart, where, _, number in sorted(found) if (apart, where) == nearest]
 
     def _subject(self, config) -> Subject:
         return Subject(self.backend.name, self.problem, config)
