@@ -147,14 +147,15 @@ def _automatic(problems: tuple[Problem, ...]) -> tuple[object, str]:
             able.append(backend)
     if not able:
         raise BackendError(f"no backend can run this problem\n{availability_text(problems[0])}")
-    measured = [tuned_ms(backend, problems) for backend in able]
-    if measured[0] is None:
+    first = tuned_ms(able[0], problems)
+    if first is None:
         return able[0], "automatic"
-    comparable = [i for i, found in enumerate(measured) if found is not None and found[1] == measured[0][1]]
+    measured = [first, *(tuned_ms(backend, problems) for backend in able[1:])]
+    comparable = [i for i, found in enumerate(measured) if found is not None and found[1] == first[1]]
     fastest = min(comparable, key=lambda i: measured[i][0])
     if fastest == 0:
         return able[0], "automatic"
-    return able[fastest], f"automatic: {measured[fastest][0]:.4g} ms tuned, {able[0].name} {measured[0][0]:.4g}"
+    return able[fastest], f"automatic: {measured[fastest][0]:.4g} ms tuned, {able[0].name} {first[0]:.4g}"
 
 
 def tuned_ms(backend, problems: tuple[Problem, ...]) -> tuple[float, list[str]] | None:

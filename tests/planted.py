@@ -1,4 +1,4 @@
-"""A backend with planted faults, for the tuner's tests: torch's, with configs that say what goes wrong."""
+"""Planted faults for the tuner's tests: a backend, torch's with configs that say what goes wrong; damaged files."""
 
 import dataclasses
 import os
@@ -23,6 +23,15 @@ class Planted:
     fault: str = "none"
     number: int = 0
     delay: float = 0.0
+
+
+def damaged(whole: bytes, number: int, generator) -> bytearray:
+    """A file's bytes cut short somewhere or, for even numbers, with a flipped bit."""
+    content = bytearray(whole)
+    if number % 2:
+        return content[: generator.randrange(len(content))]
+    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    return content
 
 
 class PlantedBackend(TorchBackend):

@@ -28,7 +28,7 @@ def test_past_failures(backend):
     for _, variant, dtype, case in fuzz.remembered(fuzz.FOLDER / "fuzz.txt"):
         dtype = dtype if dtype in taken else taken[0]
         problem = run.problem_of(inputs.make(case, DTYPES[dtype], DEVICE))
-        if loaded.slow(problem) is None or max(case.N, *case.lengths, 0) <= 256:  # the interpreter takes minutes for the others
+        if loaded.slow(problem) is None or max(case.N, *case.lengths, 0) <= 300:  # the interpreter takes minutes for the others
             jobs.append((backend, variant if variant in loaded.variants(problem) else "", dtype, case))
     outcomes = [outcome for _, outcome in fuzz.outcomes(jobs, DEVICE)]
     assert len(outcomes) == len(jobs) >= 3

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import pathlib
 import random
 import shutil
 import threading
@@ -14,16 +13,16 @@ import warnings
 
 import pytest
 import torch
+from planted import damaged
 
 from sbkernels import config as configs
 from sbkernels import dispatch, env, registry, stickbreaking_attention, tuning
 from sbkernels.problem import Problem
-from sbkernels.tuning import keys, replay, store
+from sbkernels.tuning import keys, store
 from sbkernels.tuning.lookup import Lookup, octaves, same_architecture
 from sbkernels.tuning.store import Store
 
 PROBLEM = Problem(1, 8, 8, 512, 512, 64, 64, "float32", "cpu")
-SPACES = pathlib.Path(__file__).parent / "data" / "tuning-spaces.json"
 CONFIG = {"BLOCK_M": 64, "BLOCK_N": 64, "HEADS": 1}
 
 
@@ -200,12 +199,7 @@ def test_damage_leaves_what_is_shipped(planted, tmp_path, monkeypatch):
     for damage in range(100):
         shutil.rmtree(user.parent, ignore_errors=True)
         user.parent.mkdir()
-        content = bytearray(whole)
-        if damage % 2:
-            content = content[: generator.randrange(len(content))]
-        else:
-            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-        user.write_bytes(content)
+        user.write_bytes(damaged(whole, damage, generator))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             answer = Lookup(tuning.databases)("torch", PROBLEM)
@@ -324,24 +318,3 @@ def test_answers_are_quick(planted):
     warm = min(timeit.repeat(lambda: lookup("torch", PROBLEM), number=10000, repeat=5)) / 10000
     print(f"\nwarm {warm * 1e6:.2f} us, cold {min(cold) * 1e6:.0f} us; a process's first, database opened, {first * 1e3:.1f} ms")
     assert warm <= 1e-6 and min(cold) <= 1e-3
-
-
-def test_neighbours_serve_well():
-    """Leaving one shape out of fully measured ones: how much slower what is served is than the best of all; printed."""
-    found = collections.defaultdict(list)
-    for space in replay.spaces(SPACES):
-        found[keys.canonical(space.problem["exact"])].append(space)
-    machine, regrets = {"cores": 2}, []
-    for spaces in found.values():
-        for left_out in spaces:
-            rows = []
-            for space in spaces:
-                config = space.configs[space.confirmed]
-                distance = octaves(space.problem["sizes"], left_out.problem["sizes"], machine, machine, config)
-                if space is not left_out and distance is not None:
-                    rows.append((distance, space.problem["sizes"]["keys"], config))
-            served = min(rows, key=lambda row: row[:2])[2]
-            regrets.append(left_out.times[left_out.configs.index(served)] / left_out.best - 1)
-    median, most = (replay.quantile(regrets, share) for share in (0.5, 0.95))
-    print(f"\n{len(regrets)} shapes served by neighbours: {median:.2%} slower than the best at the median, {most:.2%} at 95 %")
-    assert len(regrets) >= 10 and median <= 0.03 and most <= 0.10

@@ -10,6 +10,7 @@ import sqlite3
 import time
 
 import pytest
+from planted import damaged
 
 from sbkernels.problem import Problem
 from sbkernels.registry import load
@@ -175,11 +176,7 @@ def test_damage(tmp_path):
         for file in tmp_path.iterdir():
             if file != path.with_suffix(".json"):
                 file.unlink()
-        content = bytearray(whole)
-        if damage % 2:
-            content = content[: random.randrange(len(content))]
-        else:
-            content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+        content = damaged(whole, damage, random)
         path.write_bytes(content)
         try:
             database = Store(path)

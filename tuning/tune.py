@@ -28,9 +28,7 @@ class Task(NamedTuple):
     problem: Problem
 
 
-def tasks(
-    problems: list[Problem], backends: tuple[str, ...], directions=("forward", "backward")
-) -> tuple[list[Task], dict[str, str]]:
+def tasks(problems: list[Problem], backends: tuple[str, ...], directions=DIRECTIONS) -> tuple[list[Task], dict[str, str]]:
     """What there is to tune of forward problems, and {backend: why not} of backends that run none of them fast."""
     found, missing = [], {}
     for name in backends:

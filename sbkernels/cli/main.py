@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
 
 OK, EXCEEDED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+MODULES = {"info": "explain"}  # where a command is, if not in the module of its name
 
 
 def default_device() -> str:
@@ -40,41 +42,29 @@ def parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="errors and times of every backend beside the reference and softmax attention")
     compare.add_argument("--input", metavar="FILE", help="take q, k, v (and cu_seqlens) from a safetensors file only")
-    compare.add_argument("--backend", action="append", help="only this backend (repeatable)")
-    compare.add_argument("--json", metavar="FILE", help="store the rows with environment and source hashes")
 
     verify = commands.add_parser("verify", help="hold every backend against the float64 reference")
-    verify.add_argument("--backend", action="append", help="only this backend (repeatable)")
     verify.add_argument("--dtype", action="append", help="only this dtype (repeatable)")
     verify.add_argument("--quick", action="store_true", help="the small set of cases")
-    verify.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes; on a GPU they mostly compile")
     verify.add_argument("--details", action="store_true", help="print every check of every backend")
     verify.add_argument("--html", metavar="FILE", help="write the report as a section of an HTML page")
     verify.add_argument("--mutants", action="store_true", help="instead, see that every planted wrong implementation is caught")
-    verify.add_argument("--record", metavar="FILE", help="store what was verified, with environment and source hashes")
     verify.add_argument(
         "--check-record", nargs="*", metavar="FILE", help="only say whether records describe the present sources; default: all"
     )
 
     fuzz = commands.add_parser("fuzz", help="random problems against the reference; failures are made small and remembered")
-    fuzz.add_argument("--backend", action="append", help="only this backend (repeatable)")
     fuzz.add_argument("--seeds", type=int, default=300, metavar="N", help="how many problems; default: 300")
     fuzz.add_argument("--first-seed", type=int, default=0, metavar="N")
     fuzz.add_argument("--minutes", type=float, metavar="M", help="for each backend at most")
-    fuzz.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes; on a GPU they mostly compile")
     fuzz.add_argument("--case", metavar="TEXT", help="run one problem, as a failure prints it")
     fuzz.add_argument("--corpus", metavar="FILE", help="where failures go; default: the one pytest replays, tests/data/fuzz.txt")
-    fuzz.add_argument("--record", metavar="FILE", help="store what was run, with environment and source hashes")
 
     sanitize = commands.add_parser("sanitize", help="compute-sanitizer over a fixed set of problems, and over planted bugs")
-    sanitize.add_argument("--backend", action="append", help="only this backend (repeatable)")
     sanitize.add_argument("--tool", action="append", help="memcheck, racecheck, initcheck or synccheck (repeatable); default: all")
-    sanitize.add_argument("--record", metavar="FILE", help="store what was found, with environment and source hashes")
 
     stress = commands.add_parser("stress", help="the same bits a thousand times under load; graph replay, streams, devices")
-    stress.add_argument("--backend", action="append", help="only this backend (repeatable)")
     stress.add_argument("--runs", type=int, default=1000, metavar="N", help="of each problem, forward and backward; default: 1000")
-    stress.add_argument("--record", metavar="FILE", help="store the rows, with environment and source hashes")
 
     tune = commands.add_parser("tune", help="find the fastest configs for this machine and keep them in the tuning database")
     tune.add_argument("--set", help="problems: training (default on a GPU) or small (default on a CPU)")
@@ -83,23 +73,29 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--attend-current", action="store_true", help="of --shape")
     tune.add_argument("--no-skip", action="store_true", help="of --shape: without early stop (skip_below=0)")
     tune.add_argument("--direction", choices=("forward", "backward", "both"), default="both")
-    tune.add_argument("--backend", action="append", help="only this backend (repeatable)")
     tune.add_argument("--budget", type=float, metavar="SECONDS", help="of wall time for all; default: until all was tried")
     tune.add_argument("--strategy", choices=("exhaustive", "random", "guided"), default="exhaustive")
     tune.add_argument("--seed", type=int, default=0)
     tune.add_argument("--gpus", metavar="all", help="every GPU of this machine, each with its own worker, on one database")
     tune.add_argument("--processes", type=int, metavar="N", help="that compile; default: as many as there are processors")
-    tune.add_argument("--db", metavar="FILE", help="the database; default: SBKERNELS_TUNING_DB")
     tune.add_argument("--replay", metavar="FILE", help="only try the strategies on the full measurements of a database or export")
 
     db = commands.add_parser("db", help="the tuning database: what is in it, from file to file, its health")
     db.add_argument("action", choices=("show", "history", "check", "export", "import", "merge", "prune"))
     db.add_argument("files", nargs="*", metavar="FILE", help="export: where to; import: exports; merge: other databases")
     db.add_argument("--only", choices=("served", "medians"), help="export without samples: what lookups need, or all trials")
-    db.add_argument("--db", metavar="FILE", help="the database; default: SBKERNELS_TUNING_DB")
 
     softplus = commands.add_parser("softplus", help="errors and throughput of each variant of softplus2 and of 1 - beta")
-    softplus.add_argument("--json", metavar="FILE", help="store the rows with environment and source hashes")
+    for command in (compare, verify, fuzz, sanitize, stress, tune):
+        command.add_argument("--backend", action="append", help="only this backend (repeatable)")
+    for command in (verify, fuzz):
+        command.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes; on a GPU they mostly compile")
+    for command in (verify, fuzz, sanitize, stress):
+        command.add_argument("--record", metavar="FILE", help="store the result, with environment and source hashes")
+    for command in (compare, softplus):
+        command.add_argument("--json", metavar="FILE", help="store the rows, with environment and source hashes")
+    for command in (tune, db):
+        command.add_argument("--db", metavar="FILE", help="the database; default: SBKERNELS_TUNING_DB")
     for command in commands.choices.values():
         command.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     return root
@@ -113,14 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, stderr=True)
     try:
         arguments.device = arguments.device or default_device()
-        from . import compare, db, explain, fuzz, sanitize, softplus, stress, tune, verify
-
-        commands = {
-            "info": explain.info, "explain": explain.explain, "compare": compare.compare, "verify": verify.verify,
-            "softplus": softplus.softplus, "db": db.db, "tune": tune.command, "fuzz": fuzz.fuzz,
-            "sanitize": sanitize.sanitize, "stress": stress.stress,
-        }  # fmt: skip
-        return commands[arguments.command](arguments)
+        module = importlib.import_module(f".{MODULES.get(arguments.command, arguments.command)}", __package__)
+        return getattr(module, arguments.command)(arguments)
     except KeyboardInterrupt:
         console.print("interrupted")
         return INTERRUPTED

@@ -16,16 +16,17 @@ from .. import env, registry, tuning
 from ..dispatch import BackendError, availability_text
 from ..problem import DTYPES
 from ..tuning import problems, ranks, replay, store
+from ..tuning import tune as tuner
 from ..tuning.session import Outcome, Session
 from ..tuning.strategies import STRATEGIES, load_optuna
-from ..tuning.tune import DIRECTIONS, Task, tasks, tune
+from ..tuning.tune import DIRECTIONS, Task, tasks
 from .main import EXCEEDED, INTERRUPTED, OK
 from .shared import backend_names, check_device, out, progress_bar, table
 
 LEAST_BUDGET = 1.0  # seconds a task: below, not even the default config is measured
 
 
-def command(arguments) -> int:
+def tune(arguments) -> int:
     """Exit status 1 where nothing could be confirmed for some problem."""
     if arguments.replay:
         return show_replay(pathlib.Path(arguments.replay))
@@ -46,7 +47,7 @@ def command(arguments) -> int:
     display, interrupted = Display(len(wanted), session.seconds), False
     with display:
         try:
-            run = ranks.tune if ranks.world() > 1 else tune
+            run = ranks.tune if ranks.world() > 1 else tuner.tune
             run(wanted, path, session, devices, processes=arguments.processes, started=display.started, advanced=display.advanced)
         except KeyboardInterrupt:
             interrupted = True

@@ -254,7 +254,7 @@ def cases(large: bool) -> list[Case]:
         Case("plus_minus_30", B=2, M=129, N=200, D=128, Dv=8),
         Case("critical", M=1000, N=1001, D=96, Dv=96, skip=True),
     ]
-    found += [Case(H=1, Hk=1, M=16, N=8192, D=4, Dv=4)]  # a small error of each share, 8,192 times
+    found += [Case(H=1, Hk=1, M=16, N=8192, D=16, Dv=16)]  # a small error of each share, 8,192 times
     if large:
         found += [
             Case(regime, M=4096, N=4096, D=D, Dv=D, skip=skip)

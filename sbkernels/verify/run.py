@@ -16,7 +16,6 @@ from ..dispatch import use_backend
 from ..problem import DTYPES, describe
 from . import inputs, properties, tolerance
 from .calls import canonical, public
-from .inputs import SKIP_BELOW as SKIP_BELOW
 from .tolerance import Finding
 
 DEADLINE_SECONDS = 300.0  # of a case, with the start of its process and what it compiles

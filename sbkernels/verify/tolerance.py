@@ -20,8 +20,10 @@ FORWARD_FACTOR, BACKWARD_FACTOR = 2.0, 3.0
 OUTPUTS = ("out", "remainder", "dq", "dk", "dv")
 GRADIENTS = OUTPUTS[2:]
 # A stick is a product of up to N factors 1 / (1 + 2^s): three roundings each, of the sum, the quotient and the product, of at
-# most half an ulp: a random walk whose standard deviation is sqrt(3 N / 3) half ulps. Logits bring theirs along (`logit_walk`).
-# SIGMAS is how many standard deviations an error may reach.
+# most half an ulp: a random walk whose standard deviation is sqrt(3 N / 3) half ulps. A logit is a sum of D products, whose
+# roundings walk by sqrt(sum of the products' squares). SIGMAS is how many standard deviations an error may reach.
+# NOTE: what a logit's partial sums lose besides is not in it. For that, one of 2,300 random problems is at 1.05 of its bound with
+# torch in float32: Case(regime=std10, H=4, D=64, Dv=1, attend_current=True, lengths=(1, 1, 1), seed=7040).
 SIGMAS = 4.0
 # What a backend may take for a used-up stick, early stop or not: MIN_STICK of the kernels.
 USED_UP = 2.0**-62
@@ -38,14 +40,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def logit_walk(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Standard deviation, in half ulps, of the largest logit's roundings for q [..., M, D], k [..., N, D].
-
-    Rounded are D products p and D partial sums. These walk themselves, the n-th being about sqrt(n) times one product, so that
-    their squares add up to D/2 times those of the products. A rounding of at most half an ulp has a variance of a third of that
-    squared.
-    """
-    products = q.square() @ k.square().transpose(-1, -2)
-    return abs(scale) * ((1 + q.shape[-1] / 2) / 3 * products.max()).sqrt()
+    """Standard deviation, in half ulps, of the largest logit's roundings for q [..., M, D], k [..., N, D]."""
+    return abs(scale) * (q.square() @ k.square().transpose(-1, -2)).max().sqrt()
 
 
 def _head(q, k, v, dout, dremainder, dtype, scale, mask):
