@@ -4,7 +4,7 @@
 //     warpgroups  0 and 1: the older and the newer half of the tile's keys, with dk and dv of the half in registers; 2: a warp each
 //                 for loads, for state in, for state out and for dq
 //     k, v        the tile [BLOCK_N, D], keys permuted within each half (tile.cuh); q, dout [BLOCK_M, D] in STAGES, by tensor maps
-//     step        one block of BLOCK_M queries that visits the tile, from the diagonal on, of one query head after the other
+//     step        one block of BLOCK_M queries of one query head that visits the tile, see VisitingBlocks
 //
 // A query block's chain runs from its oldest visited tile to the newest, one tile after the other: two floats a row, `state` in
 // global memory. Tickets go out tile after tile within a group of heads, so whoever is waited for has started, whatever order the

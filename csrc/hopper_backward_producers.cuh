@@ -16,30 +16,31 @@ template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C
       load_keys<C::HALF_N, C::SLABS>(x, shared_address(tile) + half * C::HALF_BYTES, C::K_SLAB_BYTES, work.batch, work.key_head,
                                      work.tile * C::BLOCK_N + half * C::HALF_N, full);
   };
-  VisitingBlocks blocks(p, work);
-  auto load_queries = [&](const TensorMap& x, char (&tiles)[C::STAGES][C::Q_BYTES], int n, int index, int full, int empty) {
-    const int stage = n % C::STAGES, head = index / blocks.end;  // of all heads
+  VisitingBlocks blocks(p, s.work);
+  const int diagonal = work.tile * C::BLOCK_N - (p.given.shape.keys - p.given.shape.queries);  // query row at the tile's first key
+  auto load_queries = [&](const TensorMap& x, char (&tiles)[C::STAGES][C::Q_BYTES], int n, Visit visit, int full, int empty) {
+    const int stage = n % C::STAGES;
     const unsigned barrier = barriers.at(full + stage);
     barriers.wait(empty + stage, n / C::STAGES % 2 ^ 1);
-    if (full == Q_FULL) s.visible[stage] = blocks.older_keys(index) + p.given.shape.attend_current;
+    if (full == Q_FULL) s.visible[stage] = visit.block * C::BLOCK_M - diagonal + p.given.shape.attend_current;
     barrier_arrive_expecting(barrier, C::Q_BYTES);
     for (int i = 0; i < C::SLABS; i++)
-      load_box(shared_address(tiles[stage]) + i * C::Q_SLAB_BYTES, &x, barrier, i * SLAB_COLUMNS, (index - head * blocks.end) * C::BLOCK_M,
-               head - work.batch * p.given.shape.heads, work.batch);
+      load_box(shared_address(tiles[stage]) + i * C::Q_SLAB_BYTES, &x, barrier, i * SLAB_COLUMNS, visit.block * C::BLOCK_M,
+               visit.head - work.batch * p.given.shape.heads, work.batch);
   };
-  int block = blocks.next(lane);
+  Visit visit = blocks.next(lane);
   if (lane == 0) {
     load_tile(p.k, s.k, K_FULL);
-    load_queries(p.q, s.q, 0, block, Q_FULL, Q_EMPTY);
+    load_queries(p.q, s.q, 0, visit, Q_FULL, Q_EMPTY);
     load_tile(p.v, s.v, V_FULL);
   }
   for (int n = 0; n < work.steps; n++) {  // a step ahead with q
-    const int after = n + 1 < work.steps ? blocks.next(lane) : 0;
+    const Visit after = n + 1 < work.steps ? blocks.next(lane) : visit;
     if (lane == 0) {
-      load_queries(p.dout, s.dout, n, block, DOUT_FULL, DOUT_EMPTY);
+      load_queries(p.dout, s.dout, n, visit, DOUT_FULL, DOUT_EMPTY);
       if (n + 1 < work.steps) load_queries(p.q, s.q, n + 1, after, Q_FULL, Q_EMPTY);
     }
-    block = after;
+    visit = after;
   }
 }
 
@@ -52,11 +53,14 @@ SBK_FN float encode_carry(float carry, int oldest_tile, int tile, bool newest) {
 template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Work work = s.work;
   const Barriers barriers = barriers_of(s, p);
-  VisitingBlocks blocks(p, work);
-  const int newest_end = work.tile == newest_tile(p.given.shape, blocks.end) ? blocks.end : first_block(p.given.shape, work.tile + 1);
+  VisitingBlocks blocks(p, s.work);
+  const bool last_tile = work.tile == newest_tile(p.given.shape, blocks.per_head);
+  const int newest_end = last_tile ? blocks.per_head : first_block(p.given.shape, work.tile + 1);
   for (int n = 0; n < work.steps; n++) {
-    const int slot = n % C::SLOTS, index = blocks.next(lane);
-    const bool newest = index - blocks.head_begin < newest_end;  // of a block: some of its rows may see none of its keys
+    const int slot = n % C::SLOTS;
+    const Visit visit = blocks.next(lane);
+    const int index = blocks.index(visit);
+    const bool newest = visit.block < newest_end;  // of a block: some of its rows may see none of its keys
     const unsigned rows = index * (C::BLOCK_M / 2) + lane;  // two a lane
     barriers.wait(STATE_EMPTY + slot, n / C::SLOTS % 2 ^ 1);
     const int2 oldest = reinterpret_cast<const int2*>(p.oldest_tile)[rows];
@@ -73,10 +77,10 @@ template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<
 template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Work work = s.work;
   const Barriers barriers = barriers_of(s, p);
-  VisitingBlocks blocks(p, work);
+  VisitingBlocks blocks(p, s.work);
   for (int n = 0; n < work.steps; n++) {
     const int slot = n % C::SLOTS;
-    const int index = blocks.next(lane);
+    const int index = blocks.index(blocks.next(lane));
     barriers.wait(NEXT_FULL + slot, n / C::SLOTS % 2);
     const float4 x = reinterpret_cast<const float4*>(s.next[slot])[lane];
     float2* rows = reinterpret_cast<float2*>(p.state) + (int64)index * C::BLOCK_M + 2 * lane;
@@ -94,11 +98,11 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
 template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Work work = s.work;
   const Barriers barriers = barriers_of(s, p);
-  VisitingBlocks blocks(p, work);
+  VisitingBlocks blocks(p, s.work);
   for (int n = 0; n < work.steps; n++) {
-    const int index = blocks.next(lane);
+    const int index = blocks.index(blocks.next(lane));
     if (lane == 0) {
-      const bool first = blocks.oldest[index] == work.tile;
+      const bool first = p.block_oldest[index] == work.tile;
       float* sum = p.dq_sum + (int64)index * (2 * C::DQ_FLOATS);
       barriers.wait_for_turn(p.dq_turn + index, work.tile, DQ_TURN);
       fence_async_global();

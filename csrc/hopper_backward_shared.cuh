@@ -95,40 +95,36 @@ template <class C> SBK_FN Barriers barriers_of(Shared<C>& s, const HopperBackwar
   return {shared_address(s.barriers), p.given.error};
 }
 
-// Walks over the query blocks that visit the tile, of one query head of the key head after the other, by a whole warp, 32 at a time.
+// Walks over the query blocks that visit the tile by a whole warp, 32 at a time: from the newest block to the diagonal, and for each
+// block over the query heads of the key head.
+// NOTE: in this order a tile can follow the next older one a single step behind. From the diagonal on it has to wait for three steps
+// of that one before its own first, and from head to head for two more.
+struct Visit {
+  int head, block;  // of all query heads; of the head's query blocks
+};
 struct VisitingBlocks {
-  const int* oldest;                 // of all heads' query blocks
-  int head_begin, first, base, end;  // in `oldest`; blocks of a head
-  int tile, diagonal;                // diagonal: the query row at the position of the tile's first key
-  unsigned mask;
+  const HopperBackwardParams& p;
+  const Work& work;  // in shared memory: there are no registers for it
+  const int per_head;
+  int seen = 0;  // blocks looked at, of all the group's heads
+  Visit mine;    // the latest of them that is this lane's
+  unsigned mask = 0;
 
-  SBK_FN VisitingBlocks(const HopperBackwardParams& p, const Work& work) {
-    const Shape& shape = p.given.shape;
-    end = query_blocks(shape);
-    head_begin = work.first_head * end;
-    diagonal = work.tile * HOPPER_BLOCK_N - (shape.keys - shape.queries);
-    first = work.first_block;
-    base = first - 32;
-    oldest = p.block_oldest;
-    tile = work.tile;
-    mask = 0;
-  }
-  // The next one, in `oldest`. There must be one.
-  SBK_FN int next(int lane) {
+  SBK_FN VisitingBlocks(const HopperBackwardParams& p, const Work& work) : p(p), work(work), per_head(query_blocks(p.given.shape)) {}
+  // The next one. There must be one.
+  SBK_FN Visit next(int lane) {
     while (mask == 0) {
-      base += 32;
-      if (base >= end) {
-        base = first;
-        head_begin += end;
-      }
-      mask = __ballot_sync(ALL_LANES, base + lane < end && oldest[head_begin + base + lane] <= tile);
+      const int group = p.given.shape.group;
+      mine = {work.first_head + (seen + lane) % group, per_head - 1 - (seen + lane) / group};
+      mask = __ballot_sync(ALL_LANES, mine.block >= work.first_block && p.block_oldest[index(mine)] <= work.tile);
+      seen += 32;
     }
-    const int block = base + __ffs(mask) - 1;
+    const int source = __ffs(mask) - 1;  // NOTE: divisions at each step, instead of shuffles, cost 2 % of the kernel
     mask &= mask - 1;
-    return head_begin + block;
+    return {__shfl_sync(ALL_LANES, mine.head, source), __shfl_sync(ALL_LANES, mine.block, source)};
   }
-  // How far the first row of the latest one is from the tile's first key.
-  SBK_FN int older_keys(int index) const { return (index - head_begin) * HOPPER_BLOCK_M - diagonal; }
+  // Where a block is in `block_oldest` and the like.
+  SBK_FN int index(Visit x) const { return x.head * per_head + x.block; }
 };
 
 // ---- A consumer's thread ----

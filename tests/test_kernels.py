@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from sbkernels import config as configs
 from sbkernels.backends import base, hopper, launches
 from sbkernels.backends.launches import KERNELS, CudaBackward, CudaForward
 from sbkernels.cli import explain, main
@@ -120,6 +121,7 @@ def test_hopper_says_what_it_does_not_cover(on, change, says):
 def test_explain_says_which_kernels(on, monkeypatch, capsys, capability, head_dim, says):
     """As on a machine with such a GPU."""
     on(capability)
+    monkeypatch.setattr(configs, "_lookup", None)
     monkeypatch.setattr(explain, "check_device", lambda device: "cuda:0")
     options = main.parser().parse_args(["explain", "--backend", "cuda", "--keys", "1024", "--head-dim", str(head_dim)])
     options.device = "cuda"
