@@ -185,16 +185,38 @@ def _scan_run_totals(x, start, M: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl
 
 
 @triton.jit
-def scan(x, start, M: tl.constexpr, R: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl.constexpr, CHAIN: tl.constexpr):
+def excess_of_both(a, b):
+    """(1 + a)(1 + b) - 1, which keeps the digits that 1 + a and 1 + b have no room for."""
+    return a * b + (a + b)
+
+
+@triton.jit
+def run_excess(x, M: tl.constexpr, R: tl.constexpr):
+    """Excesses over 1 as runs [M, 4, R] -> the excess of each run's product [M, 4, 1]; inf or NaN where that overflows."""
+    if R == 1:
+        return x
+    else:
+        older, newer = split_pairs(x, M, R)
+        return run_excess(excess_of_both(older, newer), M, R // 2)
+
+
+@triton.jit
+def scan(
+    x, start, excess,
+    M: tl.constexpr, R: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
     """Exclusive scan of runs x [M, 4, R] towards DIRECTION from start [M, 2, 2], and the tile's total [M, 2, 2].
 
-    SUM: add, else multiply. CHAIN: start is the tuple `chain` of `chain_entry`.
+    excess: None, or what one over each run's product exceeds 1 by [M, 4, 1], from which its product is known better. SUM: add,
+    else multiply. CHAIN: start is the tuple `chain` of `chain_entry`.
     """
     if R == 1:
+        if excess is not None:
+            x = tl.where(excess < float("inf"), reciprocal(1.0 + excess), x)
         return _scan_run_totals(x, start, M, DIRECTION, SUM, CHAIN)
     else:
         older, newer = split_pairs(x, M, R)
-        pair, total = scan(_combine(older, newer, SUM), start, M, R // 2, DIRECTION, SUM, CHAIN)
+        pair, total = scan(_combine(older, newer, SUM), start, excess, M, R // 2, DIRECTION, SUM, CHAIN)
         if DIRECTION == NEWER:
             return join_pairs(_combine(pair, newer, SUM), pair, M, R), total
         else:
@@ -213,13 +235,16 @@ def weights(s, start, M: tl.constexpr, N: tl.constexpr, CHAIN: tl.constexpr, LOG
     s = to_runs(s, M, N)
     if LOG_SPACE:
         softplus = softplus2(s)
-        newer, total = scan(softplus, start, M, R, NEWER, True, CHAIN)
+        newer, total = scan(softplus, start, None, M, R, NEWER, True, CHAIN)
         return exp2(s - softplus - newer), s, softplus, total
     else:
         e = exp2(tl.minimum(s, MAX_LOGIT2, propagate_nan=tl.PropagateNan.ALL))
         older, newer = split_pairs(e, M, R)
-        rest = reciprocal((1.0 + older) * (1.0 + newer))
-        stick, total = scan(rest, start, M, R // 2, NEWER, False, CHAIN)
+        pair = excess_of_both(older, newer)
+        rest = reciprocal(1.0 + pair)
+        # NOTE: of far keys, with small shares, products of u or of 1 - beta are rounded to the same side, and so is rcp.approx: all
+        # of it over 1.2 times the tolerance from 8,192 keys on. So runs are multiplied as excesses, with one reciprocal each.
+        stick, total = scan(rest, start, run_excess(pair, M, R // 2), M, R // 2, NEWER, False, CHAIN)
         after_newer = stick * (rest + rest * older)
         after_older = stick * rest
         return join_pairs(after_older * older, after_newer * newer, M, R), e, rest, total
@@ -237,7 +262,7 @@ def logit_gradient(
     """
     R: tl.constexpr = N // 4
     a = A * to_runs(dA, M, N)
-    older_a, total = scan(a, older_sum, M, R, OLDER, True, False)
+    older_a, total = scan(a, older_sum, None, M, R, OLDER, True, False)
     if LOG_SPACE:
         dz = a * exp2(-rest) - exp2(e - rest) * older_a
     else:

@@ -183,7 +183,9 @@ class _Walk:
             beta = torch.sigmoid(z)
             sticks[..., 0] = self.stick
             sticks[..., 1:] = _complement(beta, z)
-            sticks.cumprod_(-1)
+            # NOTE: in float32 a GPU multiplies factors just below 1 with each other, which rounds most products to the same side:
+            # the remainder is off by what the tolerance allows at 32,768 keys.
+            sticks.copy_(sticks.cumprod(-1, dtype=torch.float64))
             yield columns, z, beta, sticks
             self.stick = sticks[..., -1]
             if self.skip_below > 0 and not bool((self.stick >= self.skip_below).any()):

@@ -24,10 +24,10 @@ TORCH = [
         ("current key in its own share", "the stick before a key lacks what the key takes",
          ("beta.mul_(sticks[..., :-1])", "beta.mul_(sticks[..., 1:])")),
         ("bf16 running product", "sticks are multiplied up in bfloat16",
-         ("sticks.cumprod_(-1)", "sticks.copy_(sticks.bfloat16().cumprod(-1))")),
+         ("sticks.cumprod(-1, dtype=torch.float64)", "sticks.bfloat16().cumprod(-1)")),
         ("newer and older swapped", "within a tile the oldest key takes its share first",
-         ("sticks.cumprod_(-1)",
-          "(lambda p: sticks.copy_(sticks[..., :1] * torch.cat((p[..., 1:], torch.ones_like(p[..., :1]), p[..., :1]), -1)))"
+         ("sticks.cumprod(-1, dtype=torch.float64)",
+          "(lambda p: sticks[..., :1] * torch.cat((p[..., 1:], torch.ones_like(p[..., :1]), p[..., :1]), -1))"
           "(sticks[..., 1:].flip(-1).cumprod(-1).flip(-1))")),
         ("1 - beta by difference", "loses its digits where beta is near 1",
          ("torch.where(z < 0, 1 - beta, torch.sigmoid(-z))", "1 - beta")),
@@ -85,7 +85,8 @@ TRITON = [
     _of(FORWARD, "last tile dropped", "the oldest of several tiles of a walk, or of a stretch of it, is not visited",
         ("tile_hi - tile_lo", "tl.maximum(tile_hi - tile_lo - 1, tl.minimum(tile_hi - tile_lo, 1))")),
     _of(STEP, "newer and older swapped", "the stick is scanned towards older keys",
-        ("scan(rest, start, M, R // 2, NEWER, False, CHAIN)", "scan(rest, start, M, R // 2, OLDER, False, CHAIN)")),
+        ("scan(rest, start, run_excess(pair, M, R // 2), M, R // 2, NEWER, False, CHAIN)",
+         "scan(rest, start, run_excess(pair, M, R // 2), M, R // 2, OLDER, False, CHAIN)")),
     _of(STEP, "stick not carried", "each tile starts with a whole stick",
         ("_combine(inner, _combine(outer, start, SUM), SUM)", "_combine(inner, outer, SUM)")),
     _of(STEP, "logits cut at 20", "2^s is cut at 2^20, which leaves more of the stick than it should",
