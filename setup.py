@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import build_cuda  # noqa: E402
 
 # Folders whose bare names would collide with other people's packages live inside the sbkernels namespace.
-MAPPED = {"triton_kernels": "triton_kernels", "tuning": "tuning", "csrc": "csrc"}
+MAPPED = {name: name for name in ("triton_kernels", "tuning", "profiles", "csrc")}
 PACKAGES = ["sbkernels", *(f"sbkernels.{name}" for name in find_packages(ROOT / "sbkernels", exclude=[*MAPPED]))]
 
 EXTENSION = "sbkernels._C"
@@ -65,6 +65,7 @@ setup(
     packages=PACKAGES + [f"sbkernels.{name}" for name in MAPPED],
     package_data={
         "sbkernels.csrc": ["*.cuh", "*.h", "*.cu", "*.cpp"],
+        "sbkernels.profiles": ["*.sh"],
         "sbkernels.tuning": ["data/*.json"],
         "sbkernels.verify": ["*.cu"],
     },
