@@ -59,20 +59,25 @@ class Row:
     note: str = ""
 
 
-def synthetic(device: str) -> list[Problem]:
-    """Problems sized for the device; the stick stays alive over all keys and early stop is off, so that every key counts."""
+def shapes(device: str) -> dict[str, tuple]:
+    """What `synthetic` makes: name -> (B, H, Hk, N, D, dtype), sized for the device."""
     if device == "cpu":
-        shapes = [("small", 1, 2, 2, 128, 32, torch.float32), ("cpu", 1, 8, 8, 2048, 64, torch.float32)]
+        found = [("small", 1, 2, 2, 128, 32, torch.float32), ("cpu", 1, 8, 8, 2048, 64, torch.float32)]
     else:
         half = torch.bfloat16
-        shapes = [
+        found = [
             ("4x16 heads, 4k", 4, 16, 16, 4096, 128, half), ("4x32 heads, 4k", 4, 32, 32, 4096, 64, half),
             ("16 heads, 16k", 1, 16, 16, 16384, 128, half), ("32 heads, 16k", 1, 32, 32, 16384, 64, half),
             ("16x16 heads, 1k", 16, 16, 16, 1024, 128, half), ("grouped 32/8, 4k", 2, 32, 8, 4096, 128, half),
         ]  # fmt: skip
+    return {f"{name} D={shape[-2]}": tuple(shape) for name, *shape in found}
+
+
+def synthetic(device: str) -> list[Problem]:
+    """Problems in which the stick stays alive over all keys and early stop is off, so that every key counts."""
     return [
-        Problem(f"{name} D={D}", inputs.make(inputs.Case("alive", B, H, Hk, N, N, D, D), dtype, device))
-        for name, B, H, Hk, N, D, dtype in shapes
+        Problem(name, inputs.make(inputs.Case("alive", B, H, Hk, N, N, D, D), dtype, device))
+        for name, (B, H, Hk, N, D, dtype) in shapes(device).items()
     ]
 
 

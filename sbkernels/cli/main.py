@@ -95,6 +95,10 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--report", metavar="FILE", help="the tool's report; default: in the folder of SBKERNELS_CACHE")
     profile.add_argument("--read", metavar="FILE", help="instead, read a report of ncu or nsys, or the CSV it was printed as")
 
+    report = commands.add_parser("report", help="stored results as one HTML page that needs no network")
+    report.add_argument("files", nargs="*", metavar="FILE", help="records, exports or databases; default: those of sbkernels")
+    report.add_argument("--output", metavar="FILE", default="report.html", help="the page; default: report.html")
+
     softplus = commands.add_parser("softplus", help="errors and throughput of each variant of softplus2 and of 1 - beta")
     for command in (compare, verify, fuzz, sanitize, stress, tune):
         command.add_argument("--backend", action="append", help="only this backend (repeatable)")
