@@ -25,6 +25,6 @@ def table(columns, rows, right: tuple[str, ...] = ()) -> str:
     return f'<div class="scroll"><table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
-def number(value: float | None, form: str) -> str | None:
-    """A formatted number; None stays None."""
-    return None if value is None else format(value, form)
+def number(value: float | str | None, form: str) -> str | None:
+    """A formatted number, or the word that records have for one that is infinite or NaN; None stays None."""
+    return None if value is None else format(float(value), form)

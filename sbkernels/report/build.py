@@ -14,7 +14,7 @@ def build(stored: Stored) -> str:
     """The page. RuntimeError where the charts' library is missing."""
     timed = points.points(stored)
     sections = [
-        performance.speed(timed), performance.roofline(stored, timed), correctness.errors(stored), tuned.tuning(stored),
+        performance.speed(stored, timed), performance.roofline(stored, timed), correctness.errors(stored), tuned.tuning(stored),
         correctness.verify(stored), performance.profiles(stored), machines(stored),
     ]  # fmt: skip
     days = sorted({record.environment["time"][:10] for record in stored.records})

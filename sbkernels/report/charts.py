@@ -17,8 +17,9 @@ MARGIN = 1.04  # of a logarithmic axis beyond its values
 ROOM, SLOPE = 1.8, 16  # of a roofline: factor around what is drawn; how far below the ridge the slope of memory is shown
 NOTHING = {"values": [{}]}  # one row, for a mark that has no data
 HEADROOM = 1.06  # of the largest value, over which an axis ends
-# Special functions a logit: one exponential and, of a reciprocal, a share of a group of keys up to half of a pair's.
-SPECIAL_FUNCTIONS = (1.0, 1.5)
+# Special functions a logit, least and most: the exponential, backward beta's reciprocal, and a share of the reciprocal that a group
+# of keys has in common, at most a pair.
+SPECIAL_FUNCTIONS = {"forward": (1.0, 1.5), "decode": (1.0, 1.5), "backward": (2.0, 2.5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,25 +111,25 @@ def described(p: Point) -> dict:
     """What a point says when it is touched."""
     shown = {"contender": p.contender, "problem": p.problem, "pass": p.direction, "ms": f"{p.ms:.4g}"}
     if p.tflops:
-        shown["TFLOP/s"] = f"{p.tflops:.0f}"
+        shown[unit(p)] = f"{p.rate():.4g}"
     if p.share:
         shown["of the limit"] = f"{100 * p.share:.0f} % ({p.limit})"
     return shown | {f"beside {name}": f"{ratio:.2f} x" for name, ratio in p.ratios.items()}
 
 
 def curve_layers(
-    found: list[Point], looks: dict[str, Style], x, x_axis: dict, y_axis: dict, low: float, high: float, log: bool
+    found: list[Point], looks: dict[str, Style], x, y, x_axis: dict, y_axis: dict, low: float, high: float, log: bool
 ) -> list:
-    """Lines with points, and each line's name at its end. x: of a point."""
+    """Lines with points, and each line's name at its end. x, y: of a point."""
     names = [name for name in looks if any(p.contender == name for p in found)]
     used = [looks[name] for name in names]
-    values = [{"x": x(p), "y": p.tflops, "contender": p.contender} | described(p) for p in found]
+    values = [{"x": x(p), "y": y(p), "contender": p.contender} | described(p) for p in found]
     shown = list(dict.fromkeys(key for value in values for key in value if key not in ("x", "y")))
     by = {"field": "contender", "type": "nominal", "legend": None}
     color = by | {"scale": {"domain": names, "range": [variable(style.color) for style in used]}}
     dash = by | {"scale": {"domain": names, "range": [style.dash for style in used]}}
     shape = by | {"scale": {"domain": names, "range": [style.shape for style in used]}}
-    ends = {name: max((p for p in found if p.contender == name), key=x).tflops for name in names}
+    ends = {name: y(max((p for p in found if p.contender == name), key=x)) for name in names}
     labels = [{"contender": name, "y": place} for name, place in dodged(ends, low, high, log).items()]
     position = {"x": x_axis, "y": y_axis}
     return [
@@ -143,22 +144,28 @@ def curve_layers(
     ]  # fmt: skip
 
 
+def unit(p: Point) -> str:
+    """What its rate counts."""
+    return "GB/s" if p.direction == timed.DECODE else "TFLOP/s"
+
+
 def speed(found: list[Point], looks: dict[str, Style], top: float, description: str) -> dict:
-    """TFLOP/s over N, a line for each contender; top: the largest value of all charts that stand side by side."""
+    """Rates over N, a line for each contender; top: the largest value of all charts that stand side by side."""
     high = top * HEADROOM
-    y_axis = vertical("y", "TFLOP/s", scale={"domain": [0, high], "nice": False}, axis={"tickCount": 5})
-    layers = curve_layers(found, looks, lambda p: p.N, lengths_axis(found), y_axis, 0, high, False)
+    y_axis = vertical("y", unit(found[0]), scale={"domain": [0, high], "nice": False}, axis={"tickCount": 5})
+    layers = curve_layers(found, looks, lambda p: p.N, Point.rate, lengths_axis(found), y_axis, 0, high, False)
     return chart(description, layers)
 
 
 def roofline(found: list[Point], looks: dict[str, Style], limits: dict, description: str) -> dict:
     """TFLOP/s over operations a byte under the ceilings of memory, tensor cores and special functions; points of one pass and D."""
     tensor, gops, bandwidth = (limits[name] for name in ("tensor_tflops", "special_function_gops", "memory_gbs"))
-    special = [found[0].flops_a_logit() * gops / count / 1e3 for count in reversed(SPECIAL_FUNCTIONS)]
+    counts = SPECIAL_FUNCTIONS[found[0].direction] if gops else ()  # not measured everywhere
+    special = [found[0].flops_a_logit() * gops / count / 1e3 for count in reversed(counts)]
     ridge = tensor * 1e3 / bandwidth
     reached = [p.intensity() for p in found]
     low_x, high_x = min(*reached, ridge / SLOPE) / ROOM, max(*reached, ridge) * ROOM
-    low, high = min(p.tflops for p in found) / ROOM, max(tensor, *special) * ROOM
+    low, high = min(p.tflops for p in found) / ROOM, max([tensor, *special]) * ROOM
     x_axis = {"field": "x", "type": "quantitative", "scale": {"type": "log", "domain": [low_x, high_x], "nice": False},
               "axis": {"title": "operations a byte of memory traffic", "grid": False} | decades(low_x, high_x)}  # fmt: skip
     y_axis = vertical("y", "TFLOP/s", scale={"type": "log", "domain": [low, high], "nice": False}, axis=decades(low, high))
@@ -168,10 +175,12 @@ def roofline(found: list[Point], looks: dict[str, Style], limits: dict, descript
     names = [
         {"text": "tensor cores", "x": high_x, "y": tensor, "align": "right", "dx": -4, "dy": -7},
         {"text": "memory", "x": middle, "y": middle * bandwidth / 1e3, "align": "right", "dx": -6, "dy": -6},
-        {"text": "special functions", "x": low_x, "y": math.sqrt(special[0] * special[1]), "align": "left", "dx": 6, "dy": 0},
     ]
+    if special:
+        middle = math.sqrt(special[0] * special[1])
+        names.append({"text": "special functions", "x": low_x, "y": middle, "align": "left", "dx": 6, "dy": 0})
     place = {"x": x_axis, "y": y_axis}
-    band = [{"x": low_x, "x2": high_x, "y": special[0], "y2": special[1]}]
+    band = [{"x": low_x, "x2": high_x, "y": special[0], "y2": special[1]}] if special else []
     label = {"type": "text", "color": variable("muted"), "fontSize": 11, "baseline": "middle"}
     ceilings = [
         {"data": {"values": band}, "mark": {"type": "rect", "color": variable("band")},
@@ -181,7 +190,7 @@ def roofline(found: list[Point], looks: dict[str, Style], limits: dict, descript
            "mark": label | {key: name[key] for key in ("align", "dx", "dy")}} for name in names),
     ]  # fmt: skip
     # No lines: sizes that differ in more than N would be strung together.
-    _, *marks = curve_layers(found, looks, Point.intensity, x_axis, y_axis, low, high, True)
+    _, *marks = curve_layers(found, looks, Point.intensity, lambda p: p.tflops, x_axis, y_axis, low, high, True)
     return chart(description, ceilings + marks)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import html
+import math
 
 from ..markup import number, table
 from ..verify import report as verification
@@ -24,17 +25,24 @@ def errors(stored: Stored) -> Section:
         rows = [row for row in record.rows if row["relative_l2"] is not None]
         if not rows:
             continue
-        named = [row | {"backend": verification.label(row["backend"], row["variant"]), "ratio": row["to_baseline"]} for row in rows]
+        named = [
+            row | {"backend": verification.label(row["backend"], row["variant"]), "ratio": float(row["to_baseline"])}
+            for row in rows
+        ]
         looks = charts.styles({row["backend"] for row in named})
         figures = []
         for way, allowed in zip(PASSES, (tolerance.FORWARD_FACTOR, tolerance.BACKWARD_FACTOR), strict=True):
-            dots = [{name: row[name] for name in ("backend", "problem", "ratio")} for row in named if row["direction"] == way]
+            dots = [
+                {name: row[name] for name in ("backend", "problem", "ratio")}
+                for row in named
+                if row["direction"] == way and math.isfinite(row["ratio"])
+            ]
             if dots:
                 id, text = f"errors-{index}-{way}", f"Largest error of each result over the baseline's on {record.machine}, {way}"
                 top = ERROR_TOP * max(allowed, *(dot["ratio"] for dot in dots))
                 drawn[id] = charts.errors(dots, looks, allowed, top, text)
                 figures.append(figure(id, TITLES[way], text))
-        wrong, worst = sum(not row["ok"] for row in rows), max(row["to_baseline"] for row in rows)
+        wrong, worst = sum(not row["ok"] for row in rows), max(row["ratio"] for row in named)
         said = f"{wrong} of {len(rows)} results exceed their bound" if wrong else f"all {len(rows)} results are within their bounds"
         headings.append(f"On {record.machine} {said}: errors at most {worst:.2f} times the baseline's")
         parts += [f"<h3>{html.escape(record.machine)}</h3>", grid(figures), worst_errors(named)]
@@ -56,7 +64,7 @@ def worst_errors(rows: list[dict]) -> str:
     shown = []
     for (backend, way), mine in groups.items():
         worst = max(mine, key=lambda row: row["ratio"])
-        largest = max(row["relative_l2"] for row in mine)
+        largest = max(float(row["relative_l2"]) for row in mine)
         shown.append((backend, way, f"{largest:.1e}", f"{worst['ratio']:.2f}", worst["problem"] if worst["ratio"] > 1 else None))
     numbers = ("rel. L2 error", "x baseline")
     return table(("backend", "pass", *numbers, "worst at"), shown, numbers)
@@ -66,7 +74,7 @@ def all_errors(rows: list[dict]) -> str:
     """Every error."""
     names = ("problem", "backend", "direction")
     shown = [
-        (*(row[name] for name in names), f"{row['relative_l2']:.2e}", f"{row['ratio']:.2f}", "" if row["ok"] else "exceeded")
+        (*(row[name] for name in names), number(row["relative_l2"], ".2e"), f"{row['ratio']:.2f}", "" if row["ok"] else "exceeded")
         for row in rows
     ]
     numbers = ("rel. L2 error", "x baseline")
@@ -126,7 +134,7 @@ def fuzz(record: Record) -> list[str]:
     """What random problems found."""
     seeds, failed = (sum(row[name] for row in record.rows) for name in ("seeds", "failed"))
     said = f"{failed} of {seeds} random problems failed, {record.machine}"
-    rows = [(r["backend"], r["seeds"], r["failed"], f"{r['worst']:.2f}", f"{r['seconds']:.0f}") for r in record.rows]
+    rows = [(r["backend"], r["seeds"], r["failed"], number(r["worst"], ".2f"), f"{r['seconds']:.0f}") for r in record.rows]
     numbers = ("problems", "failed", "worst, of its bound", "seconds")
     return [f"<h3>{html.escape(said)}</h3>", table(("backend", *numbers), rows, numbers)]
 

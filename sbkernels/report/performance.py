@@ -15,30 +15,31 @@ from .stored import Stored
 PASSES = ("forward", "backward")
 SOFTMAX = ("FlashAttention-2", "cuDNN", "SDPA math")
 MIB = 2**20
-TITLES = {"forward": "Forward", "backward": "Backward"}
+TITLES = {"forward": "Forward", "backward": "Backward", points.DECODE: "One query"}
 COUNTED = (
-    "TFLOP/s of the matrix products on the causal half, five of them backward. "
+    "TFLOP/s of the matrix products on the causal half, five of them backward; GB/s with each tensor moved once. "
     "Without colour: softmax attention of torch's SDPA on the same tensors. Higher is faster."
 )
 
 
-def speed(found: dict[str, list[Point]]) -> Section:
-    """TFLOP/s over N, forward and backward, and every time in a table."""
+def speed(stored: Stored, found: dict[str, list[Point]]) -> Section:
+    """Rates over N of each pass, every time in a table, and what has none."""
     if not found:
         return Section("Speed", "No times are stored", note("sbk bench --json FILE or sbk compare --json FILE stores some."))
     parts, drawn, headings = [], {}, []
     for index, (machine, mine) in enumerate(found.items()):
         looks = looks_of(mine)
-        panels = {(way, D): curve for way in PASSES for D, curve in points.curves(mine, way).items()}
+        panels = {(way, D): curve for way in TITLES for D, curve in points.curves(mine, way).items()}
         figures = []
         for (way, D), curve in panels.items():
             id, title = f"speed-{index}-{way}-{D}", f"{TITLES[way]}, D = {D}"
-            top = max(p.tflops for key, other in panels.items() if key[0] == way for p in other)
-            text = f"TFLOP/s over N on {machine}: {title}"
+            top = max(p.rate() for key, other in panels.items() if key[0] == way for p in other)
+            text = f"{charts.unit(curve[0])} over N on {machine}: {title}"
             drawn[id] = charts.speed(curve, looks, top, text)
             figures.append(figure(id, title, text))
         if panels:
-            kept = [p for curve in panels.values() for p in curve]
+            kept = [p for (way, _), curve in panels.items() for p in curve if way != points.DECODE]
+            kept = kept or [p for curve in panels.values() for p in curve]
             heading, passes = finding(kept)
             headings.append(heading)
             (shape, *_) = kept
@@ -46,6 +47,10 @@ def speed(found: dict[str, list[Point]]) -> Section:
             parts.append(note(f"{machine}, {shape.dtype}, causal, early stop off, B H N D constant over N. {COUNTED}"))
             parts.append(grid(figures))
         parts.append(details(f"All {len(mine)} times on {machine}", times(mine)))
+    missing = points.left_out(stored)
+    if missing:
+        listed = table(("record", "problem", "contender", "pass", "why"), missing)
+        parts.append(details(f"{len(missing)} without a time, and why", listed))
     untold = f"{sum(map(len, found.values()))} times, none of them over N"
     return Section("Speed", headings[0] if headings else untold, "\n".join(parts), drawn)
 
@@ -61,7 +66,7 @@ def finding(found: list[Point]) -> tuple[str, str]:
     if best is None:
         return "Only others were timed", ""
     top = max(p.tflops for p in found if p.contender == best)
-    ratios = {other: {way: points.span(found, best, other, way) for way in PASSES} for other in SOFTMAX}
+    ratios = {other: {way: points.span(found, best, other, way) for way in TITLES} for other in SOFTMAX}
     both = {other: [bound for span in spans.values() if span for bound in span] for other, spans in ratios.items()}
     beside = [f"{between(min(bounds), max(bounds))} times {other}'s speed" for other, bounds in both.items() if bounds]
     heading = f"{best} is the fastest backend, {' and '.join(beside)}" if beside else f"{best} is the fastest backend"
@@ -103,7 +108,7 @@ def roofline(stored: Stored, found: dict[str, list[Point]]) -> Section:
         fit = [p for p in found.get(machine, []) if p.sizes and p.tflops and not p.packed]
         panels = collections.defaultdict(list)
         for p in fit:
-            if p.direction in PASSES and (p.ours or p.contender in SOFTMAX):  # what others move is not what a fused kernel moves
+            if p.direction in TITLES and (p.ours or p.contender in SOFTMAX):  # what others move is not what a fused kernel moves
                 panels[p.direction, p.D].append(p)
         looks, figures = looks_of(found.get(machine, [])), []
         for (way, D), kept in panels.items():
@@ -111,11 +116,7 @@ def roofline(stored: Stored, found: dict[str, list[Point]]) -> Section:
             text = f"TFLOP/s over operations a byte under the ceilings of {machine}: {title}"
             drawn[id] = charts.roofline(kept, looks, ceilings, text)
             figures.append(figure(id, title, text))
-        low, high = charts.SPECIAL_FUNCTIONS
-        parts.append(note(f"Ceilings measured on {machine}: {ceilings['tensor_tflops']:.0f} TFLOP/s of matrix products, "
-                          f"{ceilings['special_function_gops']:,.0f} thousand million special functions a second, of which a logit "
-                          f"takes {low:g} to {high:g} (the band), and {ceilings['memory_gbs']:,.0f} GB/s. Operations a byte: each "
-                          "tensor moved once."))  # fmt: skip
+        parts.append(note(f"Ceilings measured on {machine}: {measured(ceilings)}. Operations a byte: each tensor moved once."))
         parts.append(grid(figures))
         heading = heading or attained(fit)
     if not drawn:
@@ -123,6 +124,16 @@ def roofline(stored: Stored, found: dict[str, list[Point]]) -> Section:
         parts = [note("No record of sbk bench is among the files: it measures the ceilings of tensor cores, special functions and "
                       "memory on the same machine. sbk bench --json FILE stores one.")]  # fmt: skip
     return Section("Roofline", heading, "\n".join(parts), drawn)
+
+
+def measured(ceilings: dict) -> str:
+    """What a machine can do, in words."""
+    said = [f"{ceilings['tensor_tflops']:.3g} TFLOP/s of matrix products", f"{ceilings['memory_gbs']:,.0f} GB/s"]
+    if ceilings["special_function_gops"]:
+        (low, high), (low_back, high_back) = (charts.SPECIAL_FUNCTIONS[way] for way in PASSES)
+        said.append(f"{ceilings['special_function_gops']:,.0f} · 10⁹ special functions a second")
+        said.append(f"of which a logit takes {low:g} to {high:g}, backward {low_back:g} to {high_back:g} (the band)")
+    return ", ".join(said)
 
 
 def attained(found: list[Point]) -> str:

@@ -12,6 +12,7 @@ from ..verify.report import label
 from .stored import Record, Stored
 
 KIB = 2**10
+DECODE = "decode"  # a forward with one query
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +53,24 @@ class Point:
         return B * H * N * D
 
     def flops_a_logit(self) -> int:
-        """Of the matrix products: two forward, five backward."""
+        """Of the matrix products: two, backward five."""
         *_, D, Dv = self.sizes
-        return 2 * (D + Dv) if self.direction == "forward" else 2 * (3 * D + 2 * Dv)
+        return 2 * (3 * D + 2 * Dv) if self.direction == "backward" else 2 * (D + Dv)
 
-    def intensity(self) -> float:
-        """Matrix operations a byte of memory traffic, each input read and each result written once."""
+    def bytes_moved(self) -> int:
+        """Each input read and each result written once."""
         B, H, Hk, M, N, D, Dv = self.sizes
         inputs, output = H * M * D + Hk * N * (D + Dv), H * M * Dv
-        numbers = inputs + output if self.direction == "forward" else 2 * inputs + output
-        bytes_moved = B * numbers * DTYPES[self.dtype].itemsize
-        return self.flops_a_logit() * B * H * M * (N - M / 2) / bytes_moved
+        return B * (2 * inputs + output if self.direction == "backward" else inputs + output) * DTYPES[self.dtype].itemsize
+
+    def intensity(self) -> float:
+        """Matrix operations a byte of memory traffic."""
+        B, H, _, M, N, *_ = self.sizes
+        return self.flops_a_logit() * B * H * M * (N - M / 2) / self.bytes_moved()
+
+    def rate(self) -> float:
+        """What is drawn over N: TFLOP/s; of decoding, which memory bounds, GB/s."""
+        return self.bytes_moved() / self.ms / 1e6 if self.direction == DECODE else self.tflops
 
 
 def points(stored: Stored) -> dict[str, list[Point]]:
@@ -79,7 +87,7 @@ def points(stored: Stored) -> dict[str, list[Point]]:
 
 
 def of_bench(record: Record) -> list[Point]:
-    """Every row that was timed."""
+    """Every row that was timed and right."""
     return [
         Point(
             record.machine, row["case"], row["contender"], row["ours"], row["direction"], row["dtype"],
@@ -87,20 +95,21 @@ def of_bench(record: Record) -> list[Point]:
             row.get("ratios") or {}, bool(row.get("lengths")), row.get("of_limit"), row.get("limit") or "", row.get("peak_bytes"),
         )
         for row in record.rows
-        if row.get("ms") is not None
+        if row.get("ms") is not None and row.get("ok", True)
     ]  # fmt: skip
 
 
 def of_compare(record: Record) -> list[Point]:
     """Every row that was timed, and softmax's of the same run, whose times follow from the ratios."""
-    shapes, found = compare.shapes("cuda" if record.on_gpu else "cpu"), {}
+    kind, found = "cuda" if record.on_gpu else "cpu", {}
+    shapes = {compare.title(shape): shape[1:] for shape in compare.SHAPES[kind]}
     for row in record.rows:
         if row["ms"] is None:
             continue
         sizes, dtype = None, ""
         if row["problem"] in shapes:
-            B, H, Hk, N, D, kind = shapes[row["problem"]]
-            sizes, dtype = (B, H, Hk, N, N, D, D), DTYPE_NAMES[kind]
+            B, H, Hk, N, D = shapes[row["problem"]]
+            sizes, dtype = (B, H, Hk, N, N, D, D), DTYPE_NAMES[compare.SYNTHETIC_DTYPE[kind]]
         whose = (record.machine, row["problem"])
         shared = (row["direction"], dtype, sizes)
         name = label(row["backend"], row["variant"])
@@ -113,20 +122,17 @@ def of_compare(record: Record) -> list[Point]:
 
 
 def curves(found: list[Point], direction: str) -> dict[int, list[Point]]:
-    """By head dim, what can be drawn over N: dense, as many queries as keys, heads not shared, of one size over N or larger.
-
-    Head dims with a single N are left out.
+    """By head dim, what can be drawn over N: dense problems, of decoding those with one query, of others as many queries as keys,
+    heads not shared, of one size over N or larger. Head dims with a single N are left out.
     """
-    fit = [
-        p for p in found
-        if p.sizes and not p.packed and p.direction == direction and p.tflops and p.sizes[3] == p.N and p.sizes[1] == p.sizes[2]
-    ]  # fmt: skip
+    dense = [p for p in found if p.sizes and not p.packed and p.direction == direction and p.tflops]
+    fit = [p for p in dense if direction == DECODE or (p.sizes[3] == p.N and p.sizes[1] == p.sizes[2])]
     if not fit:
         return {}
     (usual, _), *_ = collections.Counter(p.work for p in fit).most_common(1)
     best = {}
     for p in sorted(fit, key=lambda p: p.work):
-        if p.work >= usual:
+        if p.work >= usual or direction == DECODE:
             best.setdefault((p.D, p.contender, p.N), p)
     by_dim = collections.defaultdict(list)
     for p in best.values():
@@ -156,3 +162,14 @@ def span(found: list[Point], contender: str, other: str, direction: str) -> tupl
 def short(length: int) -> str:
     """A length as it is spoken of: 4k for 4096."""
     return f"{length // KIB}k" if length >= KIB and length % KIB == 0 else str(length)
+
+
+def left_out(stored: Stored) -> list[tuple]:
+    """(record, problem, contender, pass, why) of every row that has no time, or was wrong."""
+    found = []
+    for record in stored.of("bench", "compare"):
+        for row in record.rows:
+            if row["ms"] is None or not row.get("ok", True):
+                who = row["contender"] if record.kind == "bench" else label(row["backend"], row["variant"])
+                found.append((record.name, row.get("case") or row.get("problem"), who, row["direction"], row.get("note") or ""))
+    return found

@@ -33,12 +33,17 @@ class Record:
     @property
     def on_gpu(self) -> bool:
         """Whether it is of a GPU; records that name no device are of one where there was one."""
-        return str(self.content.get("device", "cuda" if self.environment["gpus"] else "cpu")).startswith("cuda")
+        return self._device.startswith("cuda")
 
     @property
     def machine(self) -> str:
         """The processor that was measured."""
-        return self.environment["gpus"][0]["name"] if self.on_gpu and self.environment["gpus"] else self.environment["cpu"]
+        index = int(self._device.partition(":")[2] or 0)
+        return self.environment["gpus"][index]["name"] if self.on_gpu else self.environment["cpu"]
+
+    @property
+    def _device(self) -> str:
+        return str(self.content.get("device") or ("cuda" if self.environment["gpus"] else "cpu"))
 
     def changed(self) -> list[str]:
         """Backends whose sources are not those that were recorded."""
