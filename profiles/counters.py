@@ -1,5 +1,7 @@
-"""Nsight Compute's counters that are read, by name, and the limits they speak of. `python -m sbkernels.profiles.counters` lists
-them as ncu's --metrics takes them.
+"""Nsight Compute's counters that are read, by name, and the limits they speak of.
+
+`python -m sbkernels.profiles.counters` prints the range in which kernels are counted, a space, and the counters as ncu's --metrics
+takes them.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ class Limit:
     bound_by: str
 
 
+RANGE = "sbkernels-case"  # NVTX's name for what run_case.py runs for the profiler
 ACTIVE = "avg.pct_of_peak_sustained_active"  # while a multiprocessor has work
 ELAPSED = "avg.pct_of_peak_sustained_elapsed"  # of the whole time: of units that all multiprocessors share
 CONFLICTS, WAVEFRONTS = "shared-memory bank conflicts", "shared-memory wavefronts"
@@ -77,4 +80,4 @@ STALLS = {
 }
 
 if __name__ == "__main__":
-    print(",".join(counter.metric for counter in COUNTERS))
+    print(RANGE, ",".join(counter.metric for counter in COUNTERS))

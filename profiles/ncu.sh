@@ -14,9 +14,10 @@ shift 2
 if [ "$action" = read ]; then
     exec ncu --import "$report" --page raw --csv
 fi
-metrics=$("$python" -m sbkernels.profiles.counters)
+counted=$("$python" -m sbkernels.profiles.counters)
+range=${counted%% *} metrics=${counted#* }
 # Clocks as they are, since times are; all processes, since kernels may be compiled by others.
-command=(ncu --clock-control none --nvtx --nvtx-include "$("$python" -m sbkernels.profiles.run_case --range)"
+command=(ncu --clock-control none --nvtx --nvtx-include "$range"
     --target-processes all --import-source yes --set full --metrics "$metrics"
     --force-overwrite --export "$report" "$python" -m sbkernels.profiles.run_case "$@")
 printf '%q ' "${command[@]}"

@@ -16,20 +16,19 @@ from ..problem import DTYPES, Problem
 from ..tuning.tune import DIRECTIONS
 from ..verify import calls, inputs
 from . import cases
+from .counters import RANGE
 
-RANGE = "sbkernels-case"
 WARMUP_CALLS = 3  # compiles, loads, fills caches
 
 
 def parser() -> argparse.ArgumentParser:
     """Options of a case; `sbk profile` hands them on."""
     made = argparse.ArgumentParser(prog="run_case", description="Run one case once, for a profiler to watch.")
-    made.add_argument("case", nargs="?", metavar="CASE", help="a name, or a shape B,H,N,D")
+    made.add_argument("case", metavar="CASE", help="a name, or a shape B,H,N,D")
     made.add_argument("--backend", help="default: what dispatch chooses")
     made.add_argument("--direction", choices=(*DIRECTIONS, "both"), default="both")
     made.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     made.add_argument("--device", default="cuda")
-    made.add_argument("--range", action="store_true", help="only print the name of the range")
     return made
 
 
@@ -65,9 +64,6 @@ def run(problem: Problem, backend: str | None, directions: tuple[str, ...]) -> N
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     arguments = parser().parse_args(argv)
-    if arguments.range:
-        print(RANGE)
-        return
     problem = cases.problem(arguments.case, arguments.dtype, check_device(arguments.device))
     run(problem, arguments.backend, DIRECTIONS if arguments.direction == "both" else (arguments.direction,))
 

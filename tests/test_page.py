@@ -273,3 +273,4 @@ def test_profiles(tmp_path):
     assert main(["profile", "--read", counted, "--json", str(path)]) == 0
     page = build.build(stored.load([path]))
     assert "hopper_forward: special-function pipe (XU) 91 %: bound by the logit stage" in page and charts_of(page) == {}
+    assert "unknown, read on" in page  # the record's environment is not of the machine that was profiled

@@ -135,7 +135,7 @@ def test_the_range_holds_what_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda.nvtx, "range_end", lambda number: said.append(number))
     with run_case.watched("cuda:0"):
         said.append("case")
-    assert said == ["wait", "profiler on", run_case.RANGE, "case", "wait", 7, "profiler off"]
+    assert said == ["wait", "profiler on", counters.RANGE, "case", "wait", 7, "profiler off"]
 
 
 def scripted(tool: str, *words: str, path: str) -> subprocess.CompletedProcess:

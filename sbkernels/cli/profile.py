@@ -26,9 +26,11 @@ def profile(arguments) -> int:
         return show_cases()
     if (arguments.case is None) == (arguments.read is None):
         raise ValueError("expected a CASE or --read FILE, one of them; --list shows the cases")
-    circumstances = {}
+    # A report that is only read here says nothing of this machine.
+    circumstances = {"measured_here": arguments.read is None}
     if arguments.case is not None:
-        path, circumstances = run(arguments)
+        path, what = run(arguments)
+        circumstances |= what
     else:
         path = pathlib.Path(arguments.read)
     tool, rows = reader.read(path)

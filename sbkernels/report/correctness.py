@@ -112,7 +112,7 @@ def by_backend(record: Record) -> str:
         totals = (sum(row[name] for row in mine) for name in counts)
         shown.append((backend, *totals, *(number(worst[kind], ".2f") for kind in kinds)))
     numbers = (*counts, *(f"worst, {kind}" for kind in kinds))
-    about = note("Worst: error over its bound; above 1 is a failure.")
+    about = note("Forward and backward of a case count apart. Worst: error over its bound; above 1 is a failure.")
     return table(("backend", *numbers), shown, numbers) + about
 
 

@@ -37,7 +37,9 @@ class Record:
 
     @property
     def machine(self) -> str:
-        """The processor that was measured."""
+        """The processor that was measured; of what was only read there, that much."""
+        if not self.content.get("measured_here", True):
+            return f"unknown, read on {self.environment['cpu']}"
         index = int(self._device.partition(":")[2] or 0)
         return self.environment["gpus"][index]["name"] if self.on_gpu else self.environment["cpu"]
 
