@@ -158,7 +158,7 @@ def speed(found: list[Point], looks: dict[str, Style], top: float, description: 
 
 
 def roofline(found: list[Point], looks: dict[str, Style], limits: dict, description: str) -> dict:
-    """TFLOP/s over operations a byte under the ceilings of memory, tensor cores and special functions; points of one pass and D."""
+    """TFLOP/s over operations a byte under the ceilings of memory, matrix products and special functions; points of one pass and D."""
     tensor, gops, bandwidth = (limits[name] for name in ("tensor_tflops", "special_function_gops", "memory_gbs"))
     counts = SPECIAL_FUNCTIONS[found[0].direction] if gops else ()  # not measured everywhere
     special = [found[0].flops_a_logit() * gops / count / 1e3 for count in reversed(counts)]
@@ -173,7 +173,7 @@ def roofline(found: list[Point], looks: dict[str, Style], limits: dict, descript
     roof = [{"x": x, "y": min(tensor, x * bandwidth / 1e3)} for x in (start, ridge, high_x)]
     middle = math.sqrt(start * ridge)
     names = [
-        {"text": "tensor cores", "x": high_x, "y": tensor, "align": "right", "dx": -4, "dy": -7},
+        {"text": "matrix products", "x": high_x, "y": tensor, "align": "right", "dx": -4, "dy": -7},
         {"text": "memory", "x": middle, "y": middle * bandwidth / 1e3, "align": "right", "dx": -6, "dy": -6},
     ]
     if special:

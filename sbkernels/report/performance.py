@@ -15,6 +15,7 @@ from .stored import Stored
 PASSES = ("forward", "backward")
 SOFTMAX = ("FlashAttention-2", "cuDNN", "SDPA math")
 MIB = 2**20
+FAST = 10.0  # TFLOP/s: machines that never reach it need more digits
 TITLES = {"forward": "Forward", "backward": "Backward", points.DECODE: "One query"}
 COUNTED = (
     "TFLOP/s of the matrix products on the causal half, five of them backward; GB/s with each tensor moved once. "
@@ -41,6 +42,7 @@ def speed(stored: Stored, found: dict[str, list[Point]]) -> Section:
             kept = [p for (way, _), curve in panels.items() for p in curve if way != points.DECODE]
             kept = kept or [p for curve in panels.values() for p in curve]
             heading, passes = finding(kept)
+            parts += [f"<h3>{html.escape(f'{machine}: {heading}')}</h3>"] if headings else []  # the first heads the section
             headings.append(heading)
             (shape, *_) = kept
             parts.append(f"<p>{html.escape(passes)}</p>")
@@ -85,19 +87,21 @@ def between(low: float, high: float) -> str:
 def times(found: list[Point]) -> str:
     """Every point as a table; columns that nobody fills are left out."""
     others = [name for name in SOFTMAX if any(name in p.ratios for p in found)]
-    rows = []
+    rows, form = [], ".1f" if max(p.tflops or 0 for p in found) >= FAST else ".4f"
     for p in found:
         low, high = p.interval or (None, None)
         rows.append({
             "problem": p.problem, "pass": p.direction, "contender": p.contender, "ms": number(p.ms, ".3f"),
-            "95 % interval": p.interval and f"{low:.3f} to {high:.3f}", "TFLOP/s": number(p.tflops, ".1f"),
+            "95 % interval": p.interval and f"{low:.3f} to {high:.3f}", "TFLOP/s": number(p.tflops, form),
             "% of the limit": p.share and f"{100 * p.share:.0f}", "limit": p.limit or None,
             **{f"x {name}": number(p.ratios.get(name), ".2f") for name in others},
             "peak MiB": p.peak_bytes and f"{p.peak_bytes / MIB:,.0f}",
         })  # fmt: skip
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     words = ("problem", "pass", "contender", "limit")
-    return table(columns, ([row[name] for name in columns] for row in rows), tuple(name for name in columns if name not in words))
+    about = note("x NAME: that one's time over this one's, above 1 this one is faster.") if others else ""
+    numbers = tuple(name for name in columns if name not in words)
+    return table(columns, ([row[name] for name in columns] for row in rows), numbers) + about
 
 
 def roofline(stored: Stored, found: dict[str, list[Point]]) -> Section:
