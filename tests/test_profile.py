@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from sbkernels import env, nvtx
+from sbkernels.cli import profile as profiling
 from sbkernels.cli.main import main
 from sbkernels.problem import Problem
 from sbkernels.profiles import cases, counters, diagnose, reader, run_case
@@ -179,6 +180,34 @@ def test_a_missing_tool_is_named_with_its_package(tmp_path, tool, package, monke
     report.touch()
     monkeypatch.setenv("PATH", bare)
     assert main(["profile", "--read", str(report)]) == 2 and package in capsys.readouterr().err
+
+
+FAKE = """#!/bin/sh
+[ "$1" = --import ] && exec cat {csv}
+while [ $# -gt 0 ]; do [ "$1" = --export ] && : > "$2.ncu-rep"; shift; done
+exit {status}
+"""
+
+
+@pytest.mark.parametrize("status", [0, 9])
+def test_a_case_is_profiled(tmp_path, monkeypatch, capfd, status):
+    """As on a GPU, with a tool that records nothing: the command is printed and run, its report read, a record stored."""
+    (tmp_path / "ncu").write_text(FAKE.format(csv=NCU, status=status))
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv(env.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(profiling, "check_device", lambda device: "cuda:0")
+    monkeypatch.setattr(profiling.dispatch, "choose_both", lambda problem, backend: (Choice(Backend()),) * 2)
+    stored = tmp_path / "record.json"
+    assert main(["profile", "decode-8k-128", "--json", str(stored)]) == (2 if status else 0)
+    said = capfd.readouterr()
+    assert "run_case decode-8k-128 --backend planted --direction both --dtype bfloat16 --device cuda:0" in said.out
+    if status:
+        assert "ncu ended with exit status 9" in said.err and not stored.exists()
+        return
+    content = json.loads(stored.read_text())
+    assert (tmp_path / "cache" / "profiles" / "decode-8k-128-planted-both.ncu-rep").exists()
+    assert content["measured_here"] and content["case"] == "decode-8k-128" and len(content["rows"]) == 3
 
 
 class Backend:

@@ -158,7 +158,7 @@ def speed(found: list[Point], looks: dict[str, Style], top: float, description: 
 
 
 def roofline(found: list[Point], looks: dict[str, Style], limits: dict, description: str) -> dict:
-    """TFLOP/s over operations a byte under the ceilings of memory, matrix products and special functions; points of one pass and D."""
+    """TFLOP/s over operations a byte, points of one pass and D, under the ceilings of memory, products and special functions."""
     tensor, gops, bandwidth = (limits[name] for name in ("tensor_tflops", "special_function_gops", "memory_gbs"))
     counts = SPECIAL_FUNCTIONS[found[0].direction] if gops else ()  # not measured everywhere
     special = [found[0].flops_a_logit() * gops / count / 1e3 for count in reversed(counts)]
