@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import build_cuda  # noqa: E402
 
 # Folders whose bare names would collide with other people's packages live inside the sbkernels namespace.
-MAPPED = {"triton_kernels": "triton_kernels", "tuning": "tuning", "csrc": "csrc"}
+MAPPED = {name: name for name in ("triton_kernels", "tuning", "profiles", "csrc")}
 PACKAGES = ["sbkernels", *(f"sbkernels.{name}" for name in find_packages(ROOT / "sbkernels", exclude=[*MAPPED]))]
 
 EXTENSION = "sbkernels._C"
@@ -19,6 +19,7 @@ EXTENSION = "sbkernels._C"
 TRITON = ["triton>=3.6,<3.7; platform_system == 'Linux'"]
 CUPY = [f"{package}; platform_system == 'Linux'" for package in ("cupy-cuda13x>=14,<15", "nvidia-cuda-nvrtc>=13,<14")]
 TUNE = ["optuna>=4,<6", "scipy>=1.11"]  # for the guided search alone
+REPORT = ["vl-convert-python>=1.7,<2"]  # brings Vega-Lite's JavaScript
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2", "ruff>=0.9", "pybind11>=2.13", "ninja>=1.11"]
 
 
@@ -65,12 +66,21 @@ setup(
     packages=PACKAGES + [f"sbkernels.{name}" for name in MAPPED],
     package_data={
         "sbkernels.csrc": ["*.cuh", "*.h", "*.cu", "*.cpp"],
+        "sbkernels.profiles": ["*.sh"],
+        "sbkernels.report": ["*.html"],
         "sbkernels.tuning": ["data/*.json"],
         "sbkernels.verify": ["*.cu"],
     },
     ext_modules=[Extension(EXTENSION, sources=[])],
     cmdclass={"build_ext": BuildExtension},
     install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "rich>=13", "safetensors>=0.4"],
-    extras_require={"triton": TRITON, "cupy": CUPY, "tune": TUNE, "test": TEST, "all": TRITON + CUPY + TUNE + TEST},
+    extras_require={
+        "triton": TRITON,
+        "cupy": CUPY,
+        "tune": TUNE,
+        "report": REPORT,
+        "test": TEST,
+        "all": TRITON + CUPY + TUNE + REPORT + TEST,
+    },
     entry_points={"console_scripts": ["sbk = sbkernels.cli.main:main"]},
 )

@@ -9,7 +9,7 @@ import numbers
 import torch
 from torch.autograd import forward_ad
 
-from . import dispatch, env
+from . import dispatch, env, nvtx
 from .backends.base import Call
 from .problem import ALIGNMENT, DTYPE_NAMES, LAYOUTS, MAX_HEAD_DIM, Problem, describe
 
@@ -144,6 +144,8 @@ def _make_plan(key: tuple, problem: Problem, backend, requires_grad: bool) -> _P
         forward, backward = dispatch.choose_both(problem, backend)
     else:
         forward, backward, reversed_problem = dispatch.choose(problem, backend), None, None
+    forward = nvtx.annotated(forward, problem)
+    backward = backward and nvtx.annotated(backward, reversed_problem)
     plan = _Plan(problem, problem.head_dim**-0.5, problem.empty, forward, backward, reversed_problem, requires_grad)
     if len(_plans) >= PLANS_KEPT:
         _plans.clear()

@@ -11,6 +11,7 @@ CHECK_SEQLENS = "SBKERNELS_CHECK_SEQLENS"
 CACHE = "SBKERNELS_CACHE"
 TUNING_DB = "SBKERNELS_TUNING_DB"
 AUTOTUNE = "SBKERNELS_AUTOTUNE"
+NVTX = "SBKERNELS_NVTX"
 
 DEFAULT_WORKSPACE = 256 * 2**20
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -22,6 +23,7 @@ VARIABLES = {
     CHECK_SEQLENS: ("1: read cu_seqlens back and check it in each varlen call; 0: trust it (CUDA graph capture)", "1"),
     AUTOTUNE: ("1: tune for the first problem of its kind that no tuned config serves; takes up to a minute a pass", "0"),
     TUNING_DB: ("file of the tuning database", "tuning.db in the folder of SBKERNELS_CACHE"),
+    NVTX: ("1: each pass on a GPU is an NVTX range; read when a kind of call is first made", "0"),
     CACHE: ("folder of the kernels compiled at run time", "$XDG_CACHE_HOME/sbkernels or ~/.cache/sbkernels"),
 }
 
@@ -52,6 +54,11 @@ def check_seqlens() -> bool:
 def autotune() -> bool:
     """Whether what no tuned config serves is tuned when it first comes."""
     return _flag(AUTOTUNE, "0")
+
+
+def nvtx() -> bool:
+    """Whether passes are NVTX ranges."""
+    return _flag(NVTX, "0")
 
 
 def _flag(name: str, default: str) -> bool:

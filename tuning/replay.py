@@ -16,7 +16,7 @@ SHARES = (0.05, 0.10, 0.15, 0.25)
 
 
 class Space(NamedTuple):
-    """Configs of a kernel for a problem, the default first; their times over the default's beside them, None where one failed.
+    """Configs of a backend for a problem, the default first; their times over the default's beside them, None where one failed.
 
     confirmed: the number of the one that tuning confirmed; None where it did not.
     """
@@ -25,6 +25,7 @@ class Space(NamedTuple):
     configs: list[dict]
     times: list[float | None]
     confirmed: int | None
+    backend: str = ""
 
     def __len__(self) -> int:
         return len(self.configs)
@@ -34,16 +35,20 @@ class Space(NamedTuple):
         return min(time for time in self.times if time is not None)
 
 
-def spaces(path: pathlib.Path) -> list[Space]:
-    """Those of an export, or of a database, that were tried whole. ValueError for a file that is neither."""
+def opened(path: pathlib.Path) -> Store:
+    """An export in memory, or a database to be read. ValueError for a file that is neither."""
     if path.suffix == ".json":
         store = Store(":memory:")
         store.take_in(path)
-    elif path.is_file():
-        store = Store(path, writable=False)
-    else:
-        raise ValueError(f"there is no file {path}")
-    with store:
+        return store
+    if path.is_file():
+        return Store(path, writable=False)
+    raise ValueError(f"there is no file {path}")
+
+
+def spaces(path: pathlib.Path) -> list[Space]:
+    """Those of an export, or of a database, that were tried whole. ValueError for a file that is neither."""
+    with opened(path) as store:
         tried, default, confirmed, sizes = {}, {}, {}, {}
         for trial in store.trials():
             key = keys.canonical([trial.bodies[kind] for kind in ("machine", "toolchain", "kernel", "problem")])
@@ -60,7 +65,9 @@ def spaces(path: pathlib.Path) -> list[Space]:
         if key in default and len(times) == sizes[key]:
             order = sorted(times, key=lambda config: (config != default[key], config))
             number = order.index(confirmed[key]) if key in confirmed else None
-            found.append(Space(json.loads(key)[-1], list(map(json.loads, order)), [times[config] for config in order], number))
+            *_, kernel, problem = json.loads(key)
+            relative = [times[config] for config in order]
+            found.append(Space(problem, list(map(json.loads, order)), relative, number, kernel["backend"]))
     return found
 
 

@@ -85,6 +85,20 @@ def parser() -> argparse.ArgumentParser:
     db.add_argument("files", nargs="*", metavar="FILE", help="export: where to; import: exports; merge: other databases")
     db.add_argument("--only", choices=("served", "medians"), help="export without samples: what lookups need, or all trials")
 
+    profile = commands.add_parser("profile", help="one case under Nsight, and what its counters say")
+    profile.add_argument("case", nargs="?", metavar="CASE", help="a name of --list, or a shape B,H,N,D; H/Hk, M/N, D/Dv")
+    profile.add_argument("--list", action="store_true", help="only show the named cases")
+    profile.add_argument("--tool", choices=("ncu", "nsys"), default="ncu")
+    profile.add_argument("--backend", help="as the argument backend= of a call")
+    profile.add_argument("--direction", choices=("forward", "backward", "both"), default="both")
+    profile.add_argument("--dtype", default="bfloat16")
+    profile.add_argument("--report", metavar="FILE", help="the tool's report; default: in the folder of SBKERNELS_CACHE")
+    profile.add_argument("--read", metavar="FILE", help="instead, read a report of ncu or nsys, or the CSV it was printed as")
+
+    report = commands.add_parser("report", help="stored results as one HTML page that needs no network")
+    report.add_argument("files", nargs="*", metavar="FILE", help="records, exports or databases; default: those of sbkernels")
+    report.add_argument("--output", metavar="FILE", default="report.html", help="the page; default: report.html")
+
     softplus = commands.add_parser("softplus", help="errors and throughput of each variant of softplus2 and of 1 - beta")
     for command in (compare, verify, fuzz, sanitize, stress, tune):
         command.add_argument("--backend", action="append", help="only this backend (repeatable)")
@@ -92,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes; on a GPU they mostly compile")
     for command in (verify, fuzz, sanitize, stress):
         command.add_argument("--record", metavar="FILE", help="store the result, with environment and source hashes")
-    for command in (compare, softplus):
+    for command in (compare, softplus, profile):
         command.add_argument("--json", metavar="FILE", help="store the rows, with environment and source hashes")
     for command in (tune, db):
         command.add_argument("--db", metavar="FILE", help="the database; default: SBKERNELS_TUNING_DB")

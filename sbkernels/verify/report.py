@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import html
 
+from ..markup import number, table
 from . import tolerance
 from .inputs import EXPANDED, MEMORY, REGIMES, TILE, Case
 from .properties import PROPERTIES
@@ -112,11 +113,18 @@ def totals(found: dict) -> str:
 
 def section(found: dict) -> str:
     """A report as a section of an HTML page, without style or script."""
+    parts = ["<section id='verification'>", "<h2>Verification</h2>", f"<p>{html.escape(totals(found))}</p>", tables(found)]
+    return "\n".join([*parts, "</section>"]) + "\n"
+
+
+def tables(found: dict) -> str:
+    """The tables of a section: checks, coverage, what was skipped."""
     backends = list(dict.fromkeys(row["backend"] for row in found["checks"]))
-    number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
+    counts = ("run", "skipped", "failed")
+    numbers = (*counts, "worst ratio", "seconds")
     by_check = [
-        (row["backend"], row["check"], row["run"], row["skipped"], row["failed"], number(row["worst"], ".2f"), row["where"],
-         number(row["seconds"], ".1f"))
+        (row["backend"], row["check"], *(row[name] for name in counts), number(row["worst"], ".2f"), number(row["seconds"], ".1f"),
+         row["where"])
         for row in found["checks"]
     ]  # fmt: skip
     covered = [
@@ -126,21 +134,11 @@ def section(found: dict) -> str:
     why = [(row["backend"], row["count"], row["reason"]) for row in found["reasons"]]
     why += [(name, "all", reason) for name, reason in found["missing"].items()]
     parts = [
-        "<section id='verification'>",
-        "<h2>Verification</h2>",
-        f"<p>{html.escape(totals(found))}</p>",
         "<h3>Checks</h3>",
-        _table(("backend", "check", "run", "skipped", "failed", "worst ratio", "worst at", "seconds"), by_check),
+        table(("backend", "check", *numbers, "worst at"), by_check, numbers),
         "<h3>Coverage: cases run / skipped</h3>",
-        _table(("feature", *backends), covered),
+        table(("feature", *backends), covered, tuple(backends)),
         "<h3>Skipped</h3>",
-        _table(("backend", "checks", "why"), why),
-        "</section>",
+        table(("backend", "checks", "why"), why, ("checks",)),
     ]
-    return "\n".join(parts) + "\n"
-
-
-def _table(columns, rows) -> str:
-    cells = lambda kind, row: "".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in row)  # noqa: E731
-    body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table>\n<thead><tr>{cells('th', columns)}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    return "\n".join(parts)

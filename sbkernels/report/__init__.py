@@ -1,0 +1,1 @@
+"""`sbk report`: stored results as one HTML page that needs no network."""
