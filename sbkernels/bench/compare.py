@@ -24,6 +24,16 @@ MAX_SLOW_LOGITS = 2**16
 CHECKED_LOGITS = 2**25
 TILED_TOKENS, NO_STOP = 16384, ", no early stop"
 STICK_GONE = 2.0**-24
+# Name, B, H, Hk, N, D of the synthetic problems.
+SHAPES = {
+    "cpu": [("small", 1, 2, 2, 128, 32), ("cpu", 1, 8, 8, 2048, 64)],
+    "cuda": [
+        ("4x16 heads, 4k", 4, 16, 16, 4096, 128), ("4x32 heads, 4k", 4, 32, 32, 4096, 64),
+        ("16 heads, 16k", 1, 16, 16, 16384, 128), ("32 heads, 16k", 1, 32, 32, 16384, 64),
+        ("16x16 heads, 1k", 16, 16, 16, 1024, 128), ("grouped 32/8, 4k", 2, 32, 8, 4096, 128),
+    ],
+}  # fmt: skip
+SYNTHETIC_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 HOST_SHAPE = (1, 1, 64, 64)  # B, H, N, D: so little that the device keeps up with the host
 
 
@@ -55,19 +65,17 @@ class Row:
 
 def synthetic(device: str) -> list[Problem]:
     """Problems sized for the device; the stick stays alive over all keys and early stop is off, so that every key counts."""
-    if device == "cpu":
-        shapes = [("small", 1, 2, 2, 128, 32, torch.float32), ("cpu", 1, 8, 8, 2048, 64, torch.float32)]
-    else:
-        half = torch.bfloat16
-        shapes = [
-            ("4x16 heads, 4k", 4, 16, 16, 4096, 128, half), ("4x32 heads, 4k", 4, 32, 32, 4096, 64, half),
-            ("16 heads, 16k", 1, 16, 16, 16384, 128, half), ("32 heads, 16k", 1, 32, 32, 16384, 64, half),
-            ("16x16 heads, 1k", 16, 16, 16, 1024, 128, half), ("grouped 32/8, 4k", 2, 32, 8, 4096, 128, half),
-        ]  # fmt: skip
-    return [
-        Problem(f"{name} D={D}", inputs.make(inputs.Case("alive", B, H, Hk, N, N, D, D), dtype, device))
-        for name, B, H, Hk, N, D, dtype in shapes
-    ]
+    kind = device.partition(":")[0]
+    found = []
+    for shape in SHAPES[kind]:
+        _, B, H, Hk, N, D = shape
+        found.append(Problem(title(shape), inputs.make(inputs.Case("alive", B, H, Hk, N, N, D, D), SYNTHETIC_DTYPE[kind], device)))
+    return found
+
+
+def title(shape: tuple) -> str:
+    """The name of a problem of SHAPES."""
+    return f"{shape[0]} D={shape[-1]}"
 
 
 def from_file(path: pathlib.Path, device: str) -> list[Problem]:

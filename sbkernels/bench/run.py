@@ -1,0 +1,310 @@
+"""Measures sets of problems: every contender of a problem in turns, beside what the machine can do; checked on fresh inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from .. import registry
+from ..problem import DTYPES
+from ..verify import inputs
+from ..verify.run import attend, problem_of, variant_of, why_not
+from ..verify.spots import judge_spots, spots
+from . import contenders, limits, regress, step, timer
+from .clock import Clock
+from .sets import Case
+
+# Of 0.2 s, so that a set of 28 problems and passes with eight contenders takes two minutes of a GPU.
+EFFORT = timer.Effort(seconds=0.2, least=regress.LEAST, most=400)
+WARM_EFFORT = timer.Effort(seconds=0.03, least=3, most=50)
+MAX_CALL_SECONDS = 1.0  # contenders that take longer are not timed
+MAX_SLOW_LOGITS = 2**14  # for a backend that runs but slowly: Triton's interpreter
+FRESH_SEED = 1  # of the inputs on which results are checked; those that are timed have Case's seed 0
+HOST_LOGITS = 2**14  # up to here the host's time for a call is measured, too
+# Above which no gap between launches shows; and how far a replay's time may be from the events' to be called the same.
+REPLAYED_MS, REPLAY_AGREES, REPLAY_AGREES_MS = 1.0, 0.05, 0.003
+EAGER, COMPILED = "eager", "torch.compile"
+
+
+@dataclasses.dataclass
+class Row:
+    """One contender on one problem, one pass. B to Dv and lengths as in inputs.Case, M and N of packed sequences in all.
+
+    ms: median, with the 95 % interval; samples: those it is of, in milliseconds, beside the canary's of the same turns. tflops: of
+    the causal half. of_limit: the least time that `limit` allows, over ms. ratios: by softmax contender, its time over this one's.
+    peak_bytes: taken during a call, at most; warm_ms: with what the call before left in the L2; both of GPUs. None: not measured,
+    see note. ok: False where it failed or gave wrong results.
+    """
+
+    case: str
+    B: int
+    H: int
+    Hk: int
+    M: int
+    N: int
+    D: int
+    Dv: int
+    lengths: tuple[int, ...]
+    dtype: str
+    contender: str
+    ours: bool
+    direction: str
+    inputs: str
+    ms: float | None = None
+    interval: tuple[float, float] | None = None
+    samples: tuple[float, ...] = ()
+    tflops: float | None = None
+    of_limit: float | None = None
+    limit: str | None = None
+    ratios: dict[str, float] = dataclasses.field(default_factory=dict)
+    peak_bytes: int | None = None
+    warm_ms: float | None = None
+    note: str = ""
+    ok: bool = True
+
+    def add_note(self, text: str) -> None:
+        """Append to what is to be said about this row."""
+        self.note = f"{self.note}; {text}" if self.note else text
+
+
+@dataclasses.dataclass
+class Canary:
+    """The fixed workload beside everything. samples: in milliseconds, by "case, direction", turn by turn: the first of them are of
+    the turns in which a row's samples were taken."""
+
+    what: str
+    samples: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+    def record(self) -> dict:
+        """As it is stored; ms: the median of all."""
+        every = [ms for samples in self.samples.values() for ms in samples]
+        return dataclasses.asdict(self) | {"ms": statistics.median(every) if every else None}
+
+
+@dataclasses.dataclass
+class Bench:
+    """Where and with whom a set is measured, and what came of it."""
+
+    device: str
+    backends: list[str]
+    beside: tuple[str, ...]
+    limits: limits.Limits
+    clock: Clock | None = None
+    until: float = math.inf  # of time.monotonic(): after that no further problem is begun
+    progress: Callable[..., object] = lambda *what: None
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        what, self._canary = limits.canary(self.device)
+        self.canary = Canary(what)
+
+    def run(self, cases: list[Case]) -> None:
+        """Measure case by case; the rows of a case are added once all of it was measured and checked."""
+        with timer.own_stream(self.device):
+            for case in cases:
+                if time.monotonic() > self.until:
+                    self.left_out.append(case.name)
+                    continue
+                x = inputs.make(case.case, DTYPES[case.dtype], self.device)
+                made = self._make(case, x)
+                rows = [row for direction in case.directions for row in self._measure(case, x, direction, made)]
+                del x, made
+                release(self.device)
+                self._check(case, rows)
+                self.rows += rows
+
+    def _candidates(self, case: Case, x: inputs.Inputs) -> dict[str, Callable[[], dict]]:
+        """{contender: function that makes it}, which raises where it cannot run."""
+        dtype = DTYPES[case.dtype]
+        found = {}
+        for name in self.backends:
+            if case.step:
+                attend_by = functools.partial(step.stickbreaking, name)
+                make = lambda a=attend_by: step.contender(case.step, a(), dtype, self.device)  # noqa: E731
+            else:
+                make = lambda name=name: contenders.ours(x, registry.load(name))  # noqa: E731
+            found[name] = functools.partial(willing, registry.load(name), problem_of(x), make)
+        for name in beside(self.device, bool(case.step)):
+            if name not in self.beside:
+                continue
+            if case.step:
+                softmax = functools.partial(step.softmax, name, case.step, dtype, self.device)
+                found[name] = lambda a=softmax: step.contender(case.step, a(), dtype, self.device)
+            else:
+                found[name] = functools.partial(MAKERS[name], x)
+        return found
+
+    def _make(self, case: Case, x: inputs.Inputs) -> dict[str, dict | Exception]:
+        """{contender: its functions by direction, or why it has none}."""
+        found = {}
+        for name, make in self._candidates(case, x).items():
+            self.progress(case.name, "prepared", name)
+            try:
+                found[name] = make()
+            except Exception as error:  # a contender's failure is its row's note; the others go on
+                found[name] = error.with_traceback(None)  # which would keep its tensors
+                release(self.device)
+        return found
+
+    def _measure(self, case: Case, x: inputs.Inputs, direction: str, made: dict) -> list[Row]:
+        """Rows of one pass."""
+        c = x.case
+        rows, functions = {}, {}
+        for name, by_direction in made.items():
+            self.progress(case.name, direction, name)
+            sizes = (c.B, c.H, c.Hk, c.M, c.N, c.D, c.Dv, c.lengths)
+            row = rows[name] = Row(case.name, *sizes, case.dtype, name, name in self.backends, direction, case.inputs)
+            try:
+                if isinstance(by_direction, Exception):
+                    raise by_direction
+                function = by_direction["forward" if direction == "decode" else direction]
+                seconds, row.peak_bytes = tried(function, self.device)
+                if seconds > MAX_CALL_SECONDS:
+                    row.add_note(f"not timed: a call takes {seconds:.1f} s")
+                else:
+                    functions[name] = function
+            except NotHere as reason:
+                row.add_note(str(reason))
+            except Exception as error:  # as in _make
+                row.ok = not row.ours
+                row.add_note(in_words(error))
+                release(self.device)
+        self.progress(case.name, direction, "timed")
+        options = {"canary": self._canary, "clock": self.clock}
+        times = timer.measure(functions, self.device, effort=EFFORT, **options)
+        warm = timer.measure(functions, self.device, effort=WARM_EFFORT, warm=True) if self.device != "cpu" else {}
+        work = step.work(case.step, x) if case.step else limits.work(x, direction)
+        self.canary.samples[f"{case.name}, {direction}"] = max((timing.beside for timing in times.values()), key=len, default=())
+        for name, timing in times.items():
+            self._fill(rows[name], timing, work, times)
+            rows[name].warm_ms = warm[name].median if warm else None
+            if case.step and timing.samples:
+                rows[name].add_note(f"{case.step.batch * case.step.tokens / timing.median * 1e3:.0f} tokens/s")
+        if self.device != "cpu":
+            self._cross_check(x, functions, rows)
+        return list(rows.values())
+
+    def _fill(self, row: Row, timing: timer.Timing, work: limits.Work, times: dict[str, timer.Timing]) -> None:
+        """What one contender's samples say."""
+        if timing.dropped:
+            row.add_note(f"{timing.dropped} turns below {self.clock.declared:.0f} MHz thrown out")
+        if not timing.samples:
+            return
+        row.ms, row.interval, row.samples = timing.median, timing.interval, timing.samples
+        row.tflops = work.flops / row.ms / 1e9
+        least, row.limit = self.limits.least_ms(work)
+        row.of_limit = least / row.ms
+        row.ratios = {
+            name: other.median / row.ms
+            for name, other in times.items()
+            if name in contenders.SOFTMAX and name != row.contender and other.samples
+        }
+
+    def _cross_check(self, x: inputs.Inputs, functions: dict[str, Callable], rows: dict[str, Row]) -> None:
+        """What else is known of short calls on a GPU: whether graph replay agrees with events, the host's time."""
+        for name, function in functions.items():
+            row = rows[name]
+            if row.ms is None or row.ms > REPLAYED_MS:
+                continue
+            try:
+                replayed = timer.replayed(function, self.device)
+            except RuntimeError as error:
+                row.add_note(f"not captured in a graph: {in_words(error)}")
+                continue
+            if abs(replayed - row.ms) > max(REPLAY_AGREES * row.ms, REPLAY_AGREES_MS):
+                row.add_note(f"replayed from a graph {replayed:.4f} ms")
+        if x.case.B * x.case.H * x.case.M * x.case.N <= HOST_LOGITS:
+            for name, us in timer.measure_host(functions, self.device).items():
+                rows[name].add_note(f"host {us:.1f} us a call")
+
+    def _check(self, case: Case, rows: list[Row]) -> None:
+        """Hold our contenders that were timed against float64, on inputs they have not seen; what is wrong has no time."""
+        timed = dict.fromkeys(row.contender for row in rows if row.ours and row.ms is not None)
+        if not timed:
+            return
+        x = inputs.make(dataclasses.replace(case.case, seed=FRESH_SEED), DTYPES[case.dtype], self.device)
+        expected = spots(x)
+        for name in timed:
+            self.progress(case.name, "checked", name)
+            backend = registry.load(name)
+            try:
+                with variant_of(backend, "", problem_of(x)):
+                    bad = [f"{f.output} ({f.where})" for f in judge_spots(expected, attend(x)) if not f.ok]
+            except Exception as error:  # as in _measure
+                bad = [in_words(error)]
+            for row in rows if bad else ():
+                if row.contender == name:
+                    row.ok, row.ms = False, None
+                    row.add_note(f"wrong on fresh inputs: {'; '.join(bad)}")
+        release(self.device)
+
+
+class NotHere(Exception):
+    """Why a contender is not measured, which is no failure."""
+
+
+def willing(backend, problem, make: Callable[[], dict]) -> dict:
+    """make(), or NotHere where a backend does not take a problem, or only slowly."""
+    logits = problem.batch * problem.heads * problem.visible_logits()
+    slow = backend.slow(problem)
+    reason = why_not(backend, "", problem) or (f"left out: {slow}" if slow and logits > MAX_SLOW_LOGITS else "")
+    if reason:
+        raise NotHere(reason)
+    return make()
+
+
+MAKERS = {
+    **{name: functools.partial(contenders.softmax, name=name) for name in contenders.SOFTMAX},
+    EAGER: contenders.eager,
+    COMPILED: contenders.compiled,
+    contenders.AUTHORS: contenders.authors,
+}
+
+
+def beside(device: str, softmax_only: bool = False) -> list[str]:
+    """Names of what may stand beside our backends on a device."""
+    found = contenders.softmax_names(device)
+    if not softmax_only:
+        found += [EAGER, COMPILED]
+        if importlib.util.find_spec("stickbreaking_attention"):
+            found.append(contenders.AUTHORS)
+    return found
+
+
+def tried(function: Callable, device: str) -> tuple[float, int | None]:
+    """Call twice, so that all is compiled: (seconds, bytes taken at most) of the second call; bytes are a GPU's."""
+    function()
+    if not device.startswith("cuda"):
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin, None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before, begin = torch.cuda.memory_allocated(device), time.perf_counter()
+    function()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - begin, torch.cuda.max_memory_allocated(device) - before
+
+
+def release(device: str) -> None:
+    """Give back what is no longer referred to."""
+    gc.collect()
+    if device.startswith("cuda"):
+        with contextlib.suppress(RuntimeError):  # of a failed capture; what was measured stays
+            torch.cuda.empty_cache()
+
+
+def in_words(error: Exception) -> str:
+    """The first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
