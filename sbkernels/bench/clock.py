@@ -19,9 +19,9 @@ class Clock:
         """declared: default DECLARED_SHARE of the highest clock. OSError where NVML is missing or refuses."""
         self._nvml = ctypes.CDLL(LIBRARY)
         self._handle = ctypes.c_void_p()
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+        uuid = "GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
         self._call("nvmlInit_v2")
-        self._call("nvmlDeviceGetHandleByUUID", ctypes.c_char_p(uuid), ctypes.byref(self._handle))
+        self._call("nvmlDeviceGetHandleByUUID", ctypes.c_char_p(uuid.encode()), ctypes.byref(self._handle))
         self.highest = self._mhz("nvmlDeviceGetMaxClockInfo")
         self.declared = DECLARED_SHARE * self.highest if declared is None else declared
 

@@ -72,7 +72,7 @@ def sequences(problem: Problem, lengths: tuple[int, ...]) -> list[Problem]:
     return [dataclasses.replace(problem, batch=1, queries=n, keys=n) for n in lengths] or [problem]
 
 
-def measure(device: str, dtype: torch.dtype, clock=None) -> Limits:
+def measure(device: str, dtype: torch.dtype) -> Limits:
     """The machine's limits, products of square matrices of this dtype."""
     on_gpu = device.startswith("cuda")
     size, copied = (GPU_MATMUL, GPU_COPY) if on_gpu else (CPU_MATMUL, CPU_COPY)
@@ -83,7 +83,8 @@ def measure(device: str, dtype: torch.dtype, clock=None) -> Limits:
         count, loads[SPECIAL_FUNCTION] = special_load(device)
     except ImportError as error:
         note = f"special functions are not measured: {error}"
-    times = {name: timing.median for name, timing in timer.measure(loads, device, clock=clock).items()}
+    with timer.own_stream(device):  # which also makes the device current, for Triton
+        times = {name: timing.median for name, timing in timer.measure(loads, device).items()}
     gops = count / times[SPECIAL_FUNCTION] / 1e6 if SPECIAL_FUNCTION in times else None
     return Limits(2 * size**3 / times[TENSOR] / 1e9, gops, 2 * copied / times[MEMORY] / 1e6, note)
 

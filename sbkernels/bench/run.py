@@ -23,10 +23,13 @@ from . import contenders, limits, regress, step, timer
 from .clock import Clock
 from .sets import Case
 
-# Of 0.2 s, so that a set of 28 problems and passes with eight contenders takes two minutes of a GPU.
-EFFORT = timer.Effort(seconds=0.2, least=regress.LEAST, most=400)
-WARM_EFFORT = timer.Effort(seconds=0.03, least=3, most=50)
-MAX_CALL_SECONDS = 1.0  # contenders that take longer are not timed
+# On a GPU such that a set of 28 problems and passes with eight contenders takes two or three minutes; a CPU's times scatter more.
+EFFORT = {
+    "cuda": timer.Effort(seconds=0.1, least=regress.LEAST, most=200),
+    "cpu": timer.Effort(seconds=0.4, least=regress.LEAST, most=400),
+}
+WARM_EFFORT = timer.Effort(seconds=0.03, least=3, most=30)
+MAX_CALL_SECONDS = 0.5  # contenders that take longer are not timed, and not tried again on as much work
 MAX_SLOW_LOGITS = 2**14  # for a backend that runs but slowly: Triton's interpreter
 FRESH_SEED = 1  # of the inputs on which results are checked; those that are timed have Case's seed 0
 HOST_LOGITS = 2**14  # up to here the host's time for a call is measured, too
@@ -107,6 +110,7 @@ class Bench:
     def __post_init__(self):
         what, self._canary = limits.canary(self.device)
         self.canary = Canary(what)
+        self._gave_up: dict[tuple[str, str], float] = {}  # by contender and pass, operations that took too long
 
     def run(self, cases: list[Case]) -> None:
         """Measure case by case; the rows of a case are added once all of it was measured and checked."""
@@ -150,6 +154,7 @@ class Bench:
         for name, make in self._candidates(case, x).items():
             self.progress(case.name, "prepared", name)
             try:
+                self._try_again(case, x, name, case.directions[0])  # making it takes as long as that
                 found[name] = make()
             except Exception as error:  # a contender's failure is its row's note; the others go on
                 found[name] = error.with_traceback(None)  # which would keep its tensors
@@ -167,10 +172,12 @@ class Bench:
             try:
                 if isinstance(by_direction, Exception):
                     raise by_direction
+                self._try_again(case, x, name, direction)
                 function = by_direction["forward" if direction == "decode" else direction]
                 seconds, row.peak_bytes = tried(function, self.device)
                 if seconds > MAX_CALL_SECONDS:
                     row.add_note(f"not timed: a call takes {seconds:.1f} s")
+                    self._gave_up[name, direction] = work(case, x, direction).flops
                 else:
                     functions[name] = function
             except NotHere as reason:
@@ -181,12 +188,12 @@ class Bench:
                 release(self.device)
         self.progress(case.name, direction, "timed")
         options = {"canary": self._canary, "clock": self.clock}
-        times = timer.measure(functions, self.device, effort=EFFORT, **options)
+        times = timer.measure(functions, self.device, effort=EFFORT[self.device.partition(":")[0]], **options)
         warm = timer.measure(functions, self.device, effort=WARM_EFFORT, warm=True) if self.device != "cpu" else {}
-        work = step.work(case.step, x) if case.step else limits.work(x, direction)
-        self.canary.samples[f"{case.name}, {direction}"] = max((timing.beside for timing in times.values()), key=len, default=())
+        beside = max((timing.beside for timing in times.values()), key=len, default=())
+        self.canary.samples[f"{case.name}, {direction}"] = rounded(beside)
         for name, timing in times.items():
-            self._fill(rows[name], timing, work, times)
+            self._fill(rows[name], timing, work(case, x, direction), times)
             rows[name].warm_ms = warm[name].median if warm else None
             if case.step and timing.samples:
                 rows[name].add_note(f"{case.step.batch * case.step.tokens / timing.median * 1e3:.0f} tokens/s")
@@ -194,16 +201,21 @@ class Bench:
             self._cross_check(x, functions, rows)
         return list(rows.values())
 
-    def _fill(self, row: Row, timing: timer.Timing, work: limits.Work, times: dict[str, timer.Timing]) -> None:
+    def _try_again(self, case: Case, x: inputs.Inputs, name: str, direction: str) -> None:
+        """NotHere where a contender took too long with at most as much work."""
+        if work(case, x, direction).flops >= self._gave_up.get((name, direction), math.inf):
+            raise NotHere("not tried: takes too long with at most as much work")
+
+    def _fill(self, row: Row, timing: timer.Timing, least: limits.Work, times: dict[str, timer.Timing]) -> None:
         """What one contender's samples say."""
         if timing.dropped:
             row.add_note(f"{timing.dropped} turns below {self.clock.declared:.0f} MHz thrown out")
         if not timing.samples:
             return
-        row.ms, row.interval, row.samples = timing.median, timing.interval, timing.samples
-        row.tflops = work.flops / row.ms / 1e9
-        least, row.limit = self.limits.least_ms(work)
-        row.of_limit = least / row.ms
+        row.ms, row.interval, row.samples = timing.median, timing.interval, rounded(timing.samples)
+        row.tflops = least.flops / row.ms / 1e9
+        least_ms, row.limit = self.limits.least_ms(least)
+        row.of_limit = least_ms / row.ms
         row.ratios = {
             name: other.median / row.ms
             for name, other in times.items()
@@ -218,7 +230,7 @@ class Bench:
                 continue
             try:
                 replayed = timer.replayed(function, self.device)
-            except RuntimeError as error:
+            except Exception as error:  # as in _make
                 row.add_note(f"not captured in a graph: {in_words(error)}")
                 continue
             if abs(replayed - row.ms) > max(REPLAY_AGREES * row.ms, REPLAY_AGREES_MS):
@@ -269,6 +281,16 @@ MAKERS = {
     COMPILED: contenders.compiled,
     contenders.AUTHORS: contenders.authors,
 }
+
+
+def work(case: Case, x: inputs.Inputs, direction: str) -> limits.Work:
+    """The least that one pass of a case asks for."""
+    return step.work(case.step, x) if case.step else limits.work(x, direction)
+
+
+def rounded(samples) -> tuple[float, ...]:
+    """Milliseconds as they are stored: to what events and clocks resolve."""
+    return tuple(float(f"{ms:.6g}") for ms in samples)
 
 
 def beside(device: str, softmax_only: bool = False) -> list[str]:

@@ -39,7 +39,7 @@ def bench(arguments) -> int:
     stopped = None
     with progress_bar() as bar:
         task = bar.add_task("limits of the machine", total=sum(len(case.directions) for case in cases))
-        found_limits = limits.measure(device, DTYPES[cases[0].dtype], reader)
+        found_limits = limits.measure(device, DTYPES[cases[0].dtype])
         measured = run.Bench(device, backends, peers, found_limits, reader, time.monotonic() + seconds)
         measured.progress = lambda *what: bar.update(task, completed=len(measured.canary.samples), description=" ".join(what))
         try:
@@ -126,18 +126,20 @@ def show(measured: run.Bench, why_no_clock: str) -> None:
         f"{found.memory_gbs:.0f} GB/s {found.note}"
     )
     softmax = [name for name in contenders.SOFTMAX if any(name in row.ratios for row in measured.rows)]
-    numbers = ("ms", "interval", "TFLOP/s", "% of limit", *(f"x {name}" for name in softmax), "warm ms", "MiB")
+    beside_softmax = (f"x {name}".replace("Attention", "-\nAttention") for name in softmax)
+    numbers = ("ms", "+- %", "TFLOP/s", "% of limit", *beside_softmax, "warm ms", "MiB")
     for case in dict.fromkeys(row.case for row in measured.rows):
         rows = [row for row in measured.rows if row.case == case]
-        made = table(f"{case}, {rows[0].dtype}: {rows[0].inputs}", "backend", "pass", *numbers, "limit", right=numbers)
+        made = table(f"{case}, {rows[0].dtype}: {rows[0].inputs}", "backend", "pass", *numbers, right=numbers)
         for row in rows:
             if row.ms is None:
                 continue
             low, high = row.interval
-            cells = [f"{row.ms:.4g}", f"{low:.4g}-{high:.4g}", f"{row.tflops:.3g}", f"{100 * row.of_limit:.0f}"]
+            cells = [f"{row.ms:.4g}", f"{50 * (high - low) / row.ms:.1f}", f"{row.tflops:.3g}"]
+            cells.append(f"{100 * row.of_limit:.0f} {row.limit.removesuffix(' function')}")
             cells += [_number(row.ratios.get(name), ".2f") for name in softmax]
             cells += [_number(row.warm_ms, ".4g"), _number(row.peak_bytes and row.peak_bytes / 2**20, ".0f")]
-            made.add_row(row.contender, row.direction, *cells, row.limit)
+            made.add_row(row.contender, row.direction, *cells)
         out.print(made)
         for direction in dict.fromkeys(row.direction for row in rows):
             out.print(fastest([row for row in rows if row.direction == direction and row.ms is not None]), style="dim")
@@ -149,8 +151,9 @@ def show(measured: run.Bench, why_no_clock: str) -> None:
             names = "; ".join(f"{contender} {', '.join(directions)}" for contender, directions in who.items())
             out.print(f"  {names}: {escape(note)}", style="dim" if ok else "red")
         out.print()
-    out.print("ms: median, cold L2, contenders in turns; interval: 95 % of the median; TFLOP/s of the causal half.", style="dim")
-    out.print("% of limit: the least time that products, special functions or memory allow, over the time.", style="dim")
+    caches = "as the turns leave the caches" if measured.device == "cpu" else "from a cold L2"
+    out.print(f"ms: median, in turns, {caches}; +-: half its 95 % interval; TFLOP/s of the causal half.", style="dim")
+    out.print("% of limit: the least time that products (tensor), special functions or memory allow, over the time.", style="dim")
     out.print("x softmax attention (torch's SDPA, same run): its time over this one's, above 1 this one is faster.", style="dim")
     if why_no_clock:
         out.print(why_no_clock, style="dim")
