@@ -13,6 +13,7 @@ import torch
 from test_cli import refused
 
 from sbkernels.bench import clock, contenders, limits, readme, regress, run, sets, step, timer
+from sbkernels.bench.rows import Row
 from sbkernels.problem import DTYPES
 from sbkernels.verify import inputs, record
 
@@ -239,7 +240,9 @@ def test_a_wrong_backend_has_no_time(quick, tmp_path, capsys, monkeypatch):
     assert sbk_here(*quick, "--beside", "none", "--case", "tiny", "--json", tmp_path / "b.json") == 1
     content = json.loads((tmp_path / "b.json").read_text())
     ours = [row for row in content["rows"] if row["ours"]]
-    assert ours and all(row["ms"] is None and not row["ok"] and "wrong on fresh inputs: out" in row["note"] for row in ours)
+    assert ours and all(
+        row["ms"] is None and not row["samples"] and not row["ok"] and "wrong on fresh inputs: out" in row["note"] for row in ours
+    )
     capsys.readouterr()
 
 
@@ -254,7 +257,16 @@ def test_what_fails_is_a_note(quick, tmp_path, capsys, monkeypatch):
     rows = {(row["contender"], row["direction"]): row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
     assert rows["torch", "forward"]["ms"] and "OutOfMemoryError: CUDA out of memory" in rows["eager", "backward"]["note"]
     assert sbk_here(*quick, "--minutes", "1e-9") == 0
-    assert "no time was left for: tiny; one query" in " ".join(capsys.readouterr().out.split())
+    assert "left out: one query: no time was left" in capsys.readouterr().out
+
+    def no_inputs(case, *rest, make=inputs.make):
+        if case.regime == "alive":
+            raise torch.OutOfMemoryError("too large")
+        return make(case, *rest)
+
+    monkeypatch.setattr(run.inputs, "make", no_inputs)
+    monkeypatch.setattr(limits, "canary", lambda _: ("none", lambda: None))
+    assert sbk_here(*quick) == 0 and "left out: tiny: OutOfMemoryError: too large" in capsys.readouterr().out
 
 
 def test_what_takes_too_long_is_not_tried_again(quick, tmp_path, monkeypatch):
@@ -279,7 +291,7 @@ def test_events_are_held_against_graph_replay(monkeypatch):
         return replays[name]
 
     monkeypatch.setattr(timer, "replayed", replayed)
-    rows = {name: run.Row("c", 1, 2, 2, 300, 300, 32, 32, (), "float32", name, True, "forward", "", ms=0.1) for name in replays}
+    rows = {name: Row("c", 1, 2, 2, 300, 300, 32, 32, (), "float32", name, True, "forward", "", ms=0.1) for name in replays}
     measured._cross_check(x, {name: name for name in replays}, rows)
     notes = ["", "replayed from a graph 0.2000 ms", "not captured in a graph: RuntimeError: operation not permitted"]
     assert [row.note for row in rows.values()] == notes

@@ -8,7 +8,6 @@ import functools
 import gc
 import importlib.util
 import math
-import statistics
 import time
 from collections.abc import Callable
 
@@ -21,6 +20,7 @@ from ..verify.run import attend, problem_of, variant_of, why_not
 from ..verify.spots import judge_spots, spots
 from . import contenders, limits, regress, step, timer
 from .clock import Clock
+from .rows import Canary, Row, rounded
 from .sets import Case
 
 # On a GPU such that a set of 28 problems and passes with eight contenders takes two or three minutes; a CPU's times scatter more.
@@ -39,61 +39,6 @@ EAGER, COMPILED = "eager", "torch.compile"
 
 
 @dataclasses.dataclass
-class Row:
-    """One contender on one problem, one pass. B to Dv and lengths as in inputs.Case, M and N of packed sequences in all.
-
-    ms: median, with the 95 % interval; samples: those it is of, in milliseconds, beside the canary's of the same turns. tflops: of
-    the causal half. of_limit: the least time that `limit` allows, over ms. ratios: by softmax contender, its time over this one's.
-    peak_bytes: taken during a call, at most; warm_ms: with what the call before left in the L2; both of GPUs. None: not measured,
-    see note. ok: False where it failed or gave wrong results.
-    """
-
-    case: str
-    B: int
-    H: int
-    Hk: int
-    M: int
-    N: int
-    D: int
-    Dv: int
-    lengths: tuple[int, ...]
-    dtype: str
-    contender: str
-    ours: bool
-    direction: str
-    inputs: str
-    ms: float | None = None
-    interval: tuple[float, float] | None = None
-    samples: tuple[float, ...] = ()
-    tflops: float | None = None
-    of_limit: float | None = None
-    limit: str | None = None
-    ratios: dict[str, float] = dataclasses.field(default_factory=dict)
-    peak_bytes: int | None = None
-    warm_ms: float | None = None
-    note: str = ""
-    ok: bool = True
-
-    def add_note(self, text: str) -> None:
-        """Append to what is to be said about this row."""
-        self.note = f"{self.note}; {text}" if self.note else text
-
-
-@dataclasses.dataclass
-class Canary:
-    """The fixed workload beside everything. samples: in milliseconds, by "case, direction", turn by turn: the first of them are of
-    the turns in which a row's samples were taken."""
-
-    what: str
-    samples: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-
-    def record(self) -> dict:
-        """As it is stored; ms: the median of all."""
-        every = [ms for samples in self.samples.values() for ms in samples]
-        return dataclasses.asdict(self) | {"ms": statistics.median(every) if every else None}
-
-
-@dataclasses.dataclass
 class Bench:
     """Where and with whom a set is measured, and what came of it."""
 
@@ -105,7 +50,7 @@ class Bench:
     until: float = math.inf  # of time.monotonic(): after that no further problem is begun
     progress: Callable[..., object] = lambda *what: None
     rows: list[Row] = dataclasses.field(default_factory=list)
-    left_out: list[str] = dataclasses.field(default_factory=list)
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)  # problems, and why
 
     def __post_init__(self):
         what, self._canary = limits.canary(self.device)
@@ -117,15 +62,23 @@ class Bench:
         with timer.own_stream(self.device):
             for case in cases:
                 if time.monotonic() > self.until:
-                    self.left_out.append(case.name)
+                    self.left_out[case.name] = "no time was left"
                     continue
-                x = inputs.make(case.case, DTYPES[case.dtype], self.device)
-                made = self._make(case, x)
-                rows = [row for direction in case.directions for row in self._measure(case, x, direction, made)]
-                del x, made
+                try:
+                    self.rows += self._case(case)
+                except torch.OutOfMemoryError as error:
+                    self.left_out[case.name] = in_words(error)
                 release(self.device)
-                self._check(case, rows)
-                self.rows += rows
+
+    def _case(self, case: Case) -> list[Row]:
+        """Rows of all passes, measured and checked."""
+        x = inputs.make(case.case, DTYPES[case.dtype], self.device)
+        made = self._make(case, x)
+        rows = [row for direction in case.directions for row in self._measure(case, x, direction, made)]
+        del x, made
+        release(self.device)
+        self._check(case, rows)
+        return rows
 
     def _candidates(self, case: Case, x: inputs.Inputs) -> dict[str, Callable[[], dict]]:
         """{contender: function that makes it}, which raises where it cannot run."""
@@ -190,8 +143,11 @@ class Bench:
         options = {"canary": self._canary, "clock": self.clock}
         times = timer.measure(functions, self.device, effort=EFFORT[self.device.partition(":")[0]], **options)
         warm = timer.measure(functions, self.device, effort=WARM_EFFORT, warm=True) if self.device != "cpu" else {}
-        beside = max((timing.beside for timing in times.values()), key=len, default=())
-        self.canary.samples[f"{case.name}, {direction}"] = rounded(beside)
+        if times:
+            longest = max(times.values(), key=lambda timing: len(timing.beside))
+            self.canary.samples[f"{case.name}, {direction}"] = rounded(longest.beside)
+            if longest.clock:
+                self.canary.mhz[f"{case.name}, {direction}"] = longest.clock
         for name, timing in times.items():
             self._fill(rows[name], timing, work(case, x, direction), times)
             rows[name].warm_ms = warm[name].median if warm else None
@@ -256,9 +212,8 @@ class Bench:
                 bad = [in_words(error)]
             for row in rows if bad else ():
                 if row.contender == name:
-                    row.ok, row.ms = False, None
+                    row.forget()
                     row.add_note(f"wrong on fresh inputs: {'; '.join(bad)}")
-        release(self.device)
 
 
 class NotHere(Exception):
@@ -286,11 +241,6 @@ MAKERS = {
 def work(case: Case, x: inputs.Inputs, direction: str) -> limits.Work:
     """The least that one pass of a case asks for."""
     return step.work(case.step, x) if case.step else limits.work(x, direction)
-
-
-def rounded(samples) -> tuple[float, ...]:
-    """Milliseconds as they are stored: to what events and clocks resolve."""
-    return tuple(float(f"{ms:.6g}") for ms in samples)
 
 
 def beside(device: str, softmax_only: bool = False) -> list[str]:

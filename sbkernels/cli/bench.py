@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from .. import environment
 from ..bench import clock, contenders, limits, readme, regress, run, sets
+from ..bench.rows import Row
 from ..dispatch import BackendError, availability_text
 from ..problem import DTYPES
 from ..verify import record
@@ -157,11 +158,11 @@ def show(measured: run.Bench, why_no_clock: str) -> None:
     out.print("x softmax attention (torch's SDPA, same run): its time over this one's, above 1 this one is faster.", style="dim")
     if why_no_clock:
         out.print(why_no_clock, style="dim")
-    if measured.left_out:
-        out.print(f"no time was left for: {'; '.join(measured.left_out)}")
+    for name, reason in measured.left_out.items():
+        out.print(f"left out: {name}: {escape(reason)}")
 
 
-def fastest(rows: list[run.Row]) -> str:
+def fastest(rows: list[Row]) -> str:
     """How the fastest of ours stands beside each of the others, by the samples of the same turns."""
     ours = min((row for row in rows if row.ours), key=lambda row: row.ms, default=None)
     if ours is None:
