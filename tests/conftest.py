@@ -11,3 +11,10 @@ if not torch.cuda.is_available():
 
 # Nobody's tuned configs: tests that want some make their own.
 os.environ["SBKERNELS_TUNING_DB"] = str(pathlib.Path(tempfile.gettempdir()) / "sbkernels-tests-have-no-tuning-database")
+
+
+def pytest_configure(config):
+    """Nothing is timed but with --benchmark-only; otherwise tests/benchmarks run once, to see that they do."""
+    option = config.option
+    if hasattr(option, "benchmark_only") and not (option.benchmark_only or option.benchmark_enable):
+        option.benchmark_disable = True

@@ -19,16 +19,16 @@ from ..bench import timer
 from ..config import to_dict
 from ..dispatch import use_backend
 from ..problem import Problem
-from ..verify import inputs, tolerance
+from ..verify import inputs
 from ..verify.calls import passes
 from ..verify.run import attend, expectation, judge
+from ..verify.spots import Spot, judge_spots
+from ..verify.spots import spots as spots_of
 from . import lookup
 
 # Lengths configs are verified at: ragged tails of any tile; the even one only of configs that take no other. Tails of the same
 # kind, so that kernels that are compiled for what lengths are divisible by are compiled for few.
 LENGTHS, EVEN_LENGTH = (193, 130, 77), 256
-SPOT = 64  # query rows that are checked at one place of the timed problem
-WHOLE_LOGITS = 2**24  # of a head: up to here all rows and keys of the timed problem are checked, in two places
 TURN_MS = 500.0  # after which no further sample is taken in a turn
 DRAWN = 0  # seed of the inputs that are timed
 
@@ -199,7 +199,7 @@ def check(subject: Subject, _) -> Result:
     """Hold both passes of the timed problem against float64 in places; "wrong" as in verify."""
     backend, *configs = both_configs(subject)
     problem = forward_of(subject.problem)
-    return verdict(lambda: judge_spots(problem, fresh(timed_inputs(problem))), backend, configs, "the timed problem")
+    return verdict(lambda: judge_spots(spots(problem), fresh(timed_inputs(problem))), backend, configs, "the timed problem")
 
 
 def verdict(findings, backend, configs, where: str) -> Result:
@@ -217,65 +217,10 @@ def verdict(findings, backend, configs, where: str) -> Result:
     return Result("ok", values={"worst": max((f.ratio for f in found), default=0.0)})
 
 
-class Spot(NamedTuple):
-    """A small problem within a timed one: where its rows and keys lie, how many of its newest keys it decides, what is expected."""
-
-    rows: tuple[slice, slice, slice]
-    keys: tuple[slice, slice, slice]
-    newest: int
-    expected: tolerance.Expected
-
-
 @functools.lru_cache(maxsize=1)
 def spots(problem: Problem) -> list[Spot]:
-    """Places of a timed problem: rows at the end and in the middle, in the first and the last group of heads.
-
-    Rows of out, remainder and dq follow from their own queries and all older keys, dk and dv of the newest keys from the newest
-    queries. Of small problems the rows at the end are all there are.
-    """
-    x = timed_inputs(problem)
-    group, (first, last) = x.q.shape[1] // x.k.shape[1], spans(x)
-    found = []
-    for b, kv_head, (start, end) in sorted({(0, 0, first), (x.q.shape[0] - 1, x.k.shape[1] - 1, last)}):
-        heads, kv_heads = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
-        M, offset = (x.q.shape[2], 0) if x.cu_seqlens is None else (end - start, start)
-        size = M if M * (end - start) <= WHOLE_LOGITS else SPOT
-        for last_row in {M, max(1, M // 2)} if size < M else {M}:
-            first_row = max(0, last_row - size)
-            rows = (slice(b, b + 1), heads, slice(offset + first_row, offset + last_row))
-            keys = (slice(b, b + 1), kv_heads, slice(start, end - M + last_row))
-            tensors = (x.q[rows], x.k[keys], x.v[keys], x.dout[rows], x.dremainder[rows])
-            expected = tolerance.expect(*tensors, **x.case.options)
-            # With fewer queries than keys the oldest keys are decided by the first row on, too.
-            newest = 0 if last_row < M else end - start if first_row == 0 else size
-            found.append(Spot(rows, keys, newest, expected))
-    return found
-
-
-def judge_spots(problem: Problem, got) -> list[tolerance.Finding]:
-    """Findings of all spots."""
-    out, remainder, dq, dk, dv = got
-    found = []
-    for spot in spots(problem):
-        for name, tensor in (("out", out), ("remainder", remainder), ("dq", dq)):
-            found.append(tolerance.compare(tensor[spot.rows], spot.expected, name))
-        if spot.newest:
-            part = {kind: {name: t[:, :, -spot.newest :] for name, t in getattr(spot.expected, kind).items()} for kind in KINDS}
-            for name, tensor in (("dk", dk), ("dv", dv)):
-                found.append(
-                    tolerance.compare(tensor[spot.keys][:, :, -spot.newest :], dataclasses.replace(spot.expected, **part), name)
-                )
-    return found
-
-
-KINDS = ("reference", "baseline", "floor")  # of tolerance.Expected
-
-
-def spans(x: inputs.Inputs) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(first, last key) of the first and of the last sequence that has any."""
-    bounds = [0, x.k.shape[2]] if x.cu_seqlens is None else x.cu_seqlens.tolist()
-    filled = [(begin, end) for begin, end in itertools.pairwise(bounds) if end > begin]
-    return filled[0], filled[-1]
+    """Places of a timed problem."""
+    return spots_of(timed_inputs(problem))
 
 
 def time(subject: Subject, argument: tuple[int, tuple | None]) -> Result:

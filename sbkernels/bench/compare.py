@@ -9,13 +9,12 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import reference
 from ..api import stickbreaking_attention
 from ..verify import inputs, tolerance
-from ..verify.calls import passes
 from ..verify.run import attend, expectation, judge, problem_of, variant_of, why_not
+from .contenders import ours, softmax_contenders
 from .timer import measure, measure_host
 
 CAPTURED = pathlib.Path(__file__).resolve().parents[2] / "tests" / "data" / "captured_qkv.safetensors"
@@ -23,11 +22,6 @@ CAPTURED = pathlib.Path(__file__).resolve().parents[2] / "tests" / "data" / "cap
 MAX_SLOW_LOGITS = 2**16
 # Errors of larger problems are computed on the first and the last group of heads only.
 CHECKED_LOGITS = 2**25
-SOFTMAX = {
-    "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "SDPA math": SDPBackend.MATH,
-}
 TILED_TOKENS, NO_STOP = 16384, ", no early stop"
 STICK_GONE = 2.0**-24
 # Name, B, H, Hk, N, D of the synthetic problems.
@@ -187,45 +181,6 @@ def errors(problem: Problem, got: tuple[torch.Tensor, ...], cache: dict) -> list
     return found
 
 
-def contenders(x: inputs.Inputs, backend, variant: str):
-    """{direction: function} of one backend on dense or varlen inputs, with autograd's graph built outside of the timing."""
-    problem = problem_of(x)
-    with variant_of(backend, variant, problem):
-        functions = passes(x)
-
-    def forward():
-        with variant_of(backend, variant, problem):
-            return functions["forward"]()
-
-    return functions | {"forward": forward}
-
-
-def softmax_contenders(x: inputs.Inputs) -> dict[str, dict]:
-    """{name: {direction: function}} of torch's causal softmax attention on the same tensors, where its kernels take them."""
-    if x.case.lengths or x.q.shape[2] != x.k.shape[2]:
-        return {}
-    found = {}
-    group = x.q.shape[1] // x.k.shape[1]
-    for name, kernel in SOFTMAX.items():
-        if (name == "SDPA math") == x.q.is_cuda:
-            continue
-        leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
-
-        def call(q, k, v, kernel=kernel):
-            with sdpa_kernel(kernel):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
-
-        try:
-            out = call(*leaves)
-        except RuntimeError:
-            continue
-        found[name] = {
-            "forward": lambda call=call: call(x.q, x.k, x.v),
-            "backward": lambda out=out, leaves=leaves: torch.autograd.grad(out, leaves, x.dout, retain_graph=True),
-        }
-    return found
-
-
 def host_overhead(backends: list[str], device: str) -> dict[str, float]:
     """Host's microseconds for a forward call of HOST_SHAPE in bfloat16, without gradients: of backends that run it, and of SDPA."""
     q, k, v = (torch.randn(HOST_SHAPE, dtype=torch.bfloat16, device=device) for _ in range(3))
@@ -262,7 +217,7 @@ def run(problems: list[Problem], device: str, found, rows: list[Row], progress) 
                     for direction in ("forward", "backward"):
                         problem_rows[backend.name, variant, direction].note += f"not timed: {slow}"
                 else:
-                    for direction, function in contenders(problem.x, backend, variant).items():
+                    for direction, function in ours(problem.x, backend, variant).items():
                         timed[backend.name, variant, direction] = function
             progress(problem.name, backend.name, variant)
         for direction in ("forward", "backward"):

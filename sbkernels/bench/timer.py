@@ -1,19 +1,23 @@
-"""The one timer: contenders take turns, samples start with a cold L2, the result is a median with its confidence interval.
+"""The one timer: contenders take turns in a new order each, samples start with a cold L2, the result is a median with its interval.
 
 On CUDA devices times come from events, on CPUs from perf_counter_ns. Correctness is the caller's to check, before and after.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-L2_BYTES = 2**28  # more than any GPU's L2: writing this much evicts it
+from .clock import Clock
+
+L2_BYTES = 2**28  # more than any GPU's L2: writing this much evicts it, so that inputs need not be rotated
 # How often it is written before a sample: about a millisecond, in which the host enqueues the sample. Otherwise short kernels
 # would be timed by the Python that launches them; a host that takes longer still shows in the result.
 FLUSHES = 12
@@ -21,13 +25,21 @@ WARMUP_CALLS = 2
 TARGET_SECONDS = 0.4  # time spent on each contender's samples
 MIN_SAMPLES, MAX_SAMPLES = 3, 200
 HOST_CALLS, HOST_ROUNDS = 20, 200
+REPLAYS = 5  # of a captured call
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Samples in milliseconds; median and the 95 % interval of the median (order statistics)."""
+    """Samples in milliseconds; median and the 95 % interval of the median (order statistics).
+
+    beside: the canary's samples of the same turns, in the same order; empty where there was none. dropped: turns that were thrown
+    out for a slow clock. clock: median SM clock of those that were kept, in MHz; None where nothing reads it.
+    """
 
     samples: tuple[float, ...]
+    beside: tuple[float, ...] = ()
+    dropped: int = 0
+    clock: float | None = None
 
     @property
     def median(self) -> float:
@@ -40,29 +52,51 @@ class Timing:
         return ordered[max(0, n // 2 - reach)], ordered[min(n - 1, n // 2 + reach)]
 
 
-def _cuda_sample(function: Callable, flush: torch.Tensor) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(FLUSHES):
-        flush.zero_()
-    begin.record()
-    function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How long each contender is sampled, and how often at least and at most."""
+
+    seconds: float = TARGET_SECONDS
+    least: int = MIN_SAMPLES
+    most: int = MAX_SAMPLES
+
+    def rounds(self, ms: float) -> int:
+        """Samples of a function that takes so many milliseconds."""
+        return round(min(self.most, max(self.least, self.seconds / max(ms / 1e3, 1e-9))))
 
 
-def _cpu_sample(function: Callable, _flush) -> float:
-    begin = time.perf_counter_ns()
-    function()
-    return (time.perf_counter_ns() - begin) / 1e6
+def sampler(device: str, warm: bool = False, watch: Callable[[], object] = lambda: None) -> Callable[[Callable], float]:
+    """A function that times one call of an argument-less function, in milliseconds.
 
+    On a GPU after its L2 was evicted, or with `warm`, right after another call. watch() is called after the function, on a GPU
+    while it is still under way.
+    """
 
-def sampler(device: str) -> Callable[[Callable], float]:
-    """A function that times one call of an argument-less function, in milliseconds, after the L2 of a GPU was evicted."""
+    def cpu_sample(function: Callable) -> float:
+        begin = time.perf_counter_ns()
+        function()
+        elapsed = (time.perf_counter_ns() - begin) / 1e6
+        watch()
+        return elapsed
+
     if not device.startswith("cuda"):
-        return lambda function: _cpu_sample(function, None)
+        return cpu_sample
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
-    return lambda function: _cuda_sample(function, flush)
+
+    def sample(function: Callable) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(FLUSHES):
+            flush.zero_()
+        if warm:
+            function()
+        begin.record()
+        function()
+        end.record()
+        watch()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    return sample
 
 
 def measure_host(contenders: dict[str, Callable], device: str) -> dict[str, float]:
@@ -83,19 +117,72 @@ def measure_host(contenders: dict[str, Callable], device: str) -> dict[str, floa
     return best
 
 
-def measure(contenders: dict[str, Callable], device: str) -> dict[str, Timing]:
-    """Time argument-less functions in turns on one device; by name."""
+def measure(
+    contenders: dict, device: str, *, effort: Effort | None = None, warm: bool = False, canary: Callable | None = None,
+    clock: Clock | None = None,
+) -> dict:  # fmt: skip
+    """{name: Timing} of argument-less functions that take turns on one device.
+
+    warm: as in `sampler`. canary: a function that is sampled in every turn beside them. clock: turns in which it is below what it
+    declares are thrown out; a Timing has no samples where that were all.
+    """
     if not contenders:
         return {}
-    sample, cost = sampler(device), {}
-    for name, function in contenders.items():
+    effort, readings = effort or Effort(), []
+    # Once a turn: what it costs is not known of all drivers.
+    sample = sampler(device, warm, lambda: clock and (readings or readings.append(clock.read())))
+    canary_key = object()  # no contender's name
+    functions, cost = contenders | ({canary_key: canary} if canary else {}), {}
+    for name, function in functions.items():
         for _ in range(WARMUP_CALLS if device.startswith("cuda") else 1):
             sample(function)
         cost[name] = sample(function)
-    rounds = {name: round(min(MAX_SAMPLES, max(MIN_SAMPLES, TARGET_SECONDS / max(ms / 1e3, 1e-9)))) for name, ms in cost.items()}
-    samples = {name: [] for name in contenders}
-    for turn in range(max(rounds.values())):
-        for name, function in contenders.items():
-            if turn < rounds[name]:
-                samples[name].append(sample(function))
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    rounds = {name: effort.rounds(cost[name]) for name in contenders}
+    turns = max(rounds.values())
+    # In a fixed order each would find the caches as the same other one left them: 3 % of 1 ms on a CPU.
+    order, shuffle = list(functions), random.Random(0).shuffle
+    samples, beside = {name: [] for name in contenders}, {name: [] for name in contenders}
+    clocks, dropped = [], 0
+    for turn in range(turns):
+        readings.clear()
+        shuffle(order)
+        taken = {}
+        for name in order:
+            if name is canary_key:
+                canary()  # so that it finds its own data in a CPU's caches, whoever came before
+            if turn < rounds.get(name, turns):
+                taken[name] = sample(functions[name])
+        if clock and readings[0] < clock.declared:
+            dropped += 1
+            continue
+        clocks += readings
+        for name in contenders.keys() & taken.keys():
+            samples[name].append(taken[name])
+            if canary:
+                beside[name].append(taken[canary_key])
+    mhz = statistics.median(clocks) if clocks else None
+    return {name: Timing(tuple(samples[name]), tuple(beside[name]), dropped, mhz) for name in contenders}
+
+
+def replayed(function: Callable, device: str) -> float:
+    """Median milliseconds of REPLAYS replays of a call captured in a CUDA graph; has to run within `own_stream`.
+
+    RuntimeError where it cannot be captured.
+    """
+    graph, sample = torch.cuda.CUDAGraph(), sampler(device)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+        function()
+    return statistics.median(sample(graph.replay) for _ in range(REPLAYS))
+
+
+@contextlib.contextmanager
+def own_stream(device: str):
+    """Makes a stream other than the default one current, on which calls can be captured: backwards run where their forwards did."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    stream, outer = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(outer)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
+    outer.wait_stream(stream)

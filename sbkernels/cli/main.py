@@ -43,6 +43,15 @@ def parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="errors and times of every backend beside the reference and softmax attention")
     compare.add_argument("--input", metavar="FILE", help="take q, k, v (and cu_seqlens) from a safetensors file only")
 
+    bench = commands.add_parser("bench", help="speed on sets of problems, beside peers and beside what the machine can do")
+    bench.add_argument("--set", help="problems: training (default on a GPU), varlen, gqa, decode, overhead, step, cpu")
+    bench.add_argument("--case", action="append", metavar="TEXT", help="only problems whose name holds this (repeatable)")
+    bench.add_argument("--beside", action="append", metavar="NAME", help="only this contender beside ours (repeatable), or none")
+    bench.add_argument("--minutes", type=float, metavar="M", help="begin no problem after that")
+    bench.add_argument("--clock", type=float, metavar="MHZ", help="of the SMs: turns below do not count; default: half the highest")
+    bench.add_argument("--against", metavar="FILE", help="hold the result against one of --json; exit status 1 when SLOWER")
+    bench.add_argument("--readme", action="store_true", help="instead, make README.md's tables anew from tests/records")
+
     verify = commands.add_parser("verify", help="hold every backend against the float64 reference")
     verify.add_argument("--dtype", action="append", help="only this dtype (repeatable)")
     verify.add_argument("--quick", action="store_true", help="the small set of cases")
@@ -100,13 +109,13 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="FILE", default="report.html", help="the page; default: report.html")
 
     softplus = commands.add_parser("softplus", help="errors and throughput of each variant of softplus2 and of 1 - beta")
-    for command in (compare, verify, fuzz, sanitize, stress, tune):
+    for command in (bench, compare, verify, fuzz, sanitize, stress, tune):
         command.add_argument("--backend", action="append", help="only this backend (repeatable)")
     for command in (verify, fuzz):
         command.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes; on a GPU they mostly compile")
     for command in (verify, fuzz, sanitize, stress):
         command.add_argument("--record", metavar="FILE", help="store the result, with environment and source hashes")
-    for command in (compare, softplus, profile):
+    for command in (bench, compare, softplus, profile):
         command.add_argument("--json", metavar="FILE", help="store the rows, with environment and source hashes")
     for command in (tune, db):
         command.add_argument("--db", metavar="FILE", help="the database; default: SBKERNELS_TUNING_DB")

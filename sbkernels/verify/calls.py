@@ -35,12 +35,19 @@ def canonical(t: torch.Tensor, case: Case) -> torch.Tensor:
     return t.transpose(1, 2) if case.layout == "bnhd" else t
 
 
-def passes(x: Inputs) -> dict[str, Callable]:
-    """{direction: function} without arguments; autograd's graph is built now, with the backend that is in use now."""
-    operator, tensors, upstream = public(x)
+def directions(operator: Callable, tensors, upstream) -> dict[str, Callable]:
+    """{direction: function} without arguments of an operator of q, k, v; autograd's graph is built now.
+
+    upstream: gradients of what the operator returns.
+    """
     leaves = [t.detach().requires_grad_() for t in tensors]
     outputs = operator(*leaves)
     return {
         "forward": lambda: operator(*tensors),
         "backward": lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True),
     }
+
+
+def passes(x: Inputs) -> dict[str, Callable]:
+    """`directions` of the public operator, with the backend that is in use now."""
+    return directions(*public(x))

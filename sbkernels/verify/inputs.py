@@ -171,7 +171,7 @@ class Inputs:
 
 def make(case: Case, dtype: torch.dtype, device: str) -> Inputs:
     """Draw the case's inputs; the same for the same case, dtype by dtype."""
-    large = case.B * case.H * case.M * case.D > DRAWN_ON_DEVICE
+    large = case.B * max(case.H * case.M, case.Hk * case.N) * case.D > DRAWN_ON_DEVICE
     generator = torch.Generator(device if large else "cpu").manual_seed(case.seed + 1)
     if case.lengths:
         total = sum(case.lengths)

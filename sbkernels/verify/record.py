@@ -38,12 +38,13 @@ def stale(path) -> list[str]:
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         recorded = content["environment"]["sources"]
-        verified = {row["backend"] for row in content["rows"]}
+        who = "contender" if content["kind"] == "bench" else "backend"
+        named = {row[who] for row in content["rows"]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a record: {error!r}") from error
     present = environment.source_hashes()
     return [
         f"{name}: recorded sources {recorded.get(name)}, present sources {present[name]}"
-        for name in sorted(verified & present.keys())
+        for name in sorted(named & present.keys())
         if recorded.get(name) != present[name]
     ]

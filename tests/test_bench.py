@@ -1,0 +1,363 @@
+"""`sbk bench` and what it stands on, whatever the clock says: what follows from samples, is stored, refused, made of records."""
+
+import dataclasses
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_cli import refused
+
+from sbkernels.bench import clock, contenders, limits, readme, regress, run, sets, step, timer
+from sbkernels.bench.rows import Row
+from sbkernels.problem import DTYPES
+from sbkernels.verify import inputs, record
+
+COMPARISONS = 400
+
+
+def planted_runs(seed: int, slowdown: float, same_turns: bool, count: int = 300) -> tuple[regress.Samples, regress.Samples]:
+    """Samples of two contenders on a machine with two modes 20 % apart, a drift, a heavy tail, and a scatter of 4 %."""
+    draw = random.Random(seed)
+
+    def machine():
+        mode, drift = draw.choice((1.0, 1.2)), draw.uniform(-0.03, 0.03)
+        for turn in range(count):
+            if draw.random() < 0.005:
+                mode = 2.2 - mode
+            yield mode * (1 + drift * turn / count)
+
+    def noisy(ms):
+        return ms * math.exp(draw.gauss(0, 0.04) + (draw.expovariate(3) if draw.random() < 0.05 else 0))
+
+    factors = list(machine())
+    others = factors if same_turns else list(machine())
+    canary = tuple(map(noisy, factors))
+    old = regress.Samples(tuple(noisy(3 * f) for f in factors), canary)
+    new = tuple(noisy(3 * slowdown * f) for f in others)
+    return old, regress.Samples(new, canary if same_turns else tuple(map(noisy, others)))
+
+
+def words(slowdown: float, same_turns: bool) -> dict[str, float]:
+    """Shares of verdicts over COMPARISONS comparisons of planted samples."""
+    found = []
+    for seed in range(COMPARISONS):
+        old, new = planted_runs(seed, slowdown, same_turns)
+        found.append((regress.in_turns(old.ms, new.ms) if same_turns else regress.two_runs(old, new, "cpu")).word)
+    return {word: found.count(word) / COMPARISONS for word in regress.WORDS}
+
+
+def test_planted_samples_are_told_apart():
+    """Samples that were made up; tests/benchmarks has the figures of measured ones."""
+    same, slower, faster = words(1.0, True), words(1.03, True), words(1 / 1.03, True)
+    print(f"\nsame turns, {COMPARISONS} comparisons: no slowdown {same}\n3 % slower {slower}\n3 % faster {faster}")
+    assert same["SLOWER"] + same["FASTER"] < 0.01
+    assert slower["SLOWER"] >= 0.95 and faster["FASTER"] >= 0.95
+    same, slower = words(1.0, False), words(1.06, False)
+    print(f"two runs: no slowdown {same}\n6 % slower {slower}")
+    assert same["SLOWER"] + same["FASTER"] < 0.01 and slower["SLOWER"] > slower["FASTER"] == 0
+
+
+def test_what_cannot_be_told_is_unsure():
+    old, new = planted_runs(0, 1.0, False)
+    few = regress.Samples(new.ms[:7], new.canary[:7])
+    for verdict in (regress.two_runs(old, few, "cpu"), regress.in_turns(old.ms, few.ms)):
+        assert verdict.word == "UNSURE" and "300 and 7 samples" in verdict.why
+    moved = dataclasses.replace(new, canary=tuple(2 * ms for ms in new.canary))
+    assert regress.two_runs(old, moved, "cpu").word == "UNSURE" and "canary" in regress.two_runs(old, moved, "cpu").why
+    slow = dataclasses.replace(old, ms=tuple(2 * ms for ms in old.ms))
+    assert regress.two_runs(old, slow, "cpu").word == "SLOWER" and regress.two_runs(slow, old, "cuda").word == "FASTER"
+
+
+def test_the_timer_throws_slow_turns_out():
+    class Slow:
+        declared, readings = 1000, iter([1500, 900] * 100)
+
+        def read(self):
+            return next(self.readings)
+
+    effort = timer.Effort(seconds=0, least=4, most=4)
+    found = timer.measure({"a": lambda: None}, "cpu", effort=effort, clock=Slow(), canary=lambda: None)["a"]
+    assert (found.dropped, len(found.samples), len(found.beside), found.clock) == (2, 2, 2, 1500)
+
+
+def test_nvml_is_asked_for_the_clock(monkeypatch):
+    """With a driver's library that is planted; the real one is asked in the same words."""
+
+    class Library:
+        def nvmlInit_v2(self):
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, uuid, _):
+            return int(uuid.value != b"GPU-abc")
+
+        def nvmlDeviceGetMaxClockInfo(self, _, kind, value):
+            value._obj.value = 1980
+            return 0
+
+        def nvmlDeviceGetClockInfo(self, _, kind, value):
+            value._obj.value = 1755
+            return 0
+
+    monkeypatch.setattr(clock.ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(clock.torch.cuda, "get_device_properties", lambda _: type("P", (), {"uuid": "abc"}))
+    found, _ = clock.of("cuda:0", None)
+    assert (found.read(), found.highest, found.declared) == (1755, 1980, 990)
+    monkeypatch.setattr(Library, "nvmlInit_v2", lambda self: 9)
+    assert clock.of("cuda:0", None) == (None, "the SM clock is not read: NVML's nvmlInit_v2 gave status 9")
+    assert clock.of("cpu", None)[0] is None
+
+
+def test_work_and_limits():
+    """The least work of a small problem, counted by hand; the smallest of the three limits counts."""
+    x = inputs.make(inputs.Case("alive", 1, 4, 2, 8, 8, 16, 16), torch.float32, "cpu")
+    logits = 4 * 8 * 8 / 2
+    tensors = 4 * (2 * 4 * 8 * 16 + 2 * 2 * 8 * 16 + 4 * 8)
+    assert limits.work(x, "forward") == limits.Work(4 * 16 * logits, logits, tensors)
+    backward = limits.work(x, "backward")
+    assert backward.flops == 10 * 16 * logits and backward.special == 2 * logits and backward.bytes > tensors
+    packed = inputs.make(inputs.Case("alive", H=4, Hk=2, D=16, Dv=16, lengths=(8, 0, 4)), torch.float32, "cpu")
+    assert limits.work(packed, "forward").special == logits * (1 + 1 / 4)
+    machine = limits.Limits(1.0, 1.0, 1.0)
+    assert machine.least_ms(limits.Work(1e9, 1, 1))[1] == "tensor" and machine.least_ms(limits.Work(1e9, 1, 1))[0] == 1.0
+    assert machine.least_ms(limits.Work(1, 2e6, 1)) == (2.0, "special function")
+    assert machine.least_ms(limits.Work(1, 1, 3e6)) == (3.0, "memory")
+    assert limits.Limits(1.0, None, 1.0).least_ms(limits.Work(1, 2e9, 3e6))[1] == "memory"
+
+
+def test_the_sets():
+    """Names are unique, alive and without early stop; tokens are constant; packs are full."""
+    for name, make in sets.SETS.items():
+        cases = make()
+        assert len({case.name for case in cases}) == len(cases), name
+        assert all(case.case.regime == "alive" and not case.case.skip and case.dtype in DTYPES for case in cases)
+    assert {case.case.B * case.case.N for case in sets.training()} == {sets.TRAINING_TOKENS}
+    lengths = sets.document_lengths(sets.PACKED_TOKENS)
+    assert sum(lengths) == sets.PACKED_TOKENS and min(lengths) > 0 and lengths == sets.document_lengths(sets.PACKED_TOKENS)
+    assert {case.case.M for case in sets.decode()} == {1} and max(case.case.N for case in sets.decode()) == 2**20
+
+
+def test_contenders_agree():
+    """Eager stick-breaking is the backends'; what a contender cannot take it says."""
+    x = inputs.make(inputs.Case("alive", M=70, N=70, H=4, Hk=2), torch.float32, "cpu")
+    from sbkernels import registry
+
+    ours, plain = contenders.ours(x, registry.load("torch")), contenders.eager(x)
+    for direction in ("forward", "backward"):
+        for a, b in zip(ours[direction](), plain[direction](), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    packed = inputs.make(inputs.Case("alive", lengths=(3, 4)), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="packed"):
+        contenders.eager(packed)
+    with pytest.raises(ValueError, match="as many queries"):
+        contenders.softmax(inputs.make(inputs.Case("alive", M=3, N=70), torch.float32, "cpu"), "SDPA math")
+
+
+def test_a_step_trains_and_keeps_the_stick_alive():
+    """Logits of the decoder's attention have the mean that is stated; weights move; softmax and stick-breaking differ."""
+    seen = []
+
+    def attend(q, k, v):
+        seen.append((q @ k.transpose(-1, -2)).mean().item() * step.TINY.head_dim**-0.5)
+        return step.stickbreaking("torch")(q, k, v)
+
+    function = step.contender(step.TINY, attend, torch.float32, "cpu")["step"]
+    function()
+    assert abs(seen[0] - inputs.ALIVE_LOGIT) < 0.5
+    step.contender(step.TINY, step.softmax("SDPA math", step.TINY, torch.float32, "cpu"), torch.float32, "cpu")["step"]()
+    assert step.PAPER.weights // step.PAPER.layers == 1536 * (4 * 1536 + 3 * 4096)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A set of two tiny problems, measured with three samples each."""
+    cases = [
+        sets.Case("tiny", sets.attention(1, 2, 1, 40, 40, 16), "float32"),
+        sets.Case("one query", sets.attention(1, 2, 1, 1, 40, 16), "float32", ("decode",)),
+    ]
+    monkeypatch.setitem(sets.SETS, "cpu", lambda: [*cases, sets.step_case(step.TINY, "float32")])
+    monkeypatch.setitem(run.EFFORT, "cpu", timer.Effort(seconds=0, least=8, most=8))
+    monkeypatch.setattr(limits, "measure", lambda *_: limits.Limits(1.0, 1.0, 1.0))
+    return ("bench", "--device", "cpu", "--backend", "torch")
+
+
+def sbk_here(*words) -> int:
+    from sbkernels.cli import main
+
+    return main.main([str(word) for word in words])
+
+
+def test_bench_stores_what_it_measured(quick, tmp_path, capsys):
+    stored = tmp_path / "b.json"
+    peers = ("--beside", "SDPA math", "--beside", "eager")
+    assert sbk_here(*quick, *peers, "--json", stored) == 0
+    content = json.loads(stored.read_text())
+    assert content["kind"] == "bench" and content["set"] == "cpu" and content["sources"]["torch"] and content["canary"]["ms"] > 0
+    found = {(row["case"], row["contender"], row["direction"]): row for row in content["rows"]}
+    assert len(found) == 3 + 3 + 3 + 2
+    for row in found.values():
+        assert row["ms"] > 0 and len(row["samples"]) == 8 and row["interval"][0] <= row["ms"] <= row["interval"][1], row
+        assert (
+            row["limit"] in ("tensor", "special function", "memory")
+            and row["of_limit"] > 0
+            and row["ok"]
+            and "mean -6" in row["inputs"]
+        )
+        assert row["peak_bytes"] is None and row["warm_ms"] is None
+        canary = content["canary"]["samples"][f"{row['case']}, {row['direction']}"]
+        assert len(canary) == 8
+    assert set(found["tiny", "torch", "forward"]["ratios"]) == {"SDPA math"} and "tokens/s" in capsys.readouterr().out
+    assert record.stale(stored) == []
+    # The same samples are the same; a third more time is found and ends in status 1.
+    rows = [(row, v) for row, v in regress.against(content, content) if v.word in ("SLOWER", "FASTER")]
+    assert rows == []
+    for row in content["rows"]:
+        row["samples"] = [ms / 30 for ms in row["samples"]]
+    (tmp_path / "fast.json").write_text(json.dumps(content))
+    assert sbk_here(*quick, *peers, "--against", tmp_path / "fast.json") == 1
+    assert "SLOWER" in capsys.readouterr().out
+    assert sbk_here(*quick, "--against", tmp_path / "fast.json", "--beside", "none", "--case", "one query") == 0
+    assert "formerly beside" in " ".join(capsys.readouterr().out.split())
+    content["environment"]["cpu"] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    assert "expected the same machine" in refused(capsys, *quick, *peers, "--against", tmp_path / "other.json")
+
+
+def test_a_wrong_backend_has_no_time(quick, tmp_path, capsys, monkeypatch):
+    from sbkernels.backends import torch_
+
+    right = torch_.TorchBackend.forward
+
+    def wrong(self, call, config):
+        out, *rest = right(self, call, config)
+        return out * 1.01, *rest
+
+    monkeypatch.setattr(torch_.TorchBackend, "forward", wrong)
+    assert sbk_here(*quick, "--beside", "none", "--case", "tiny", "--json", tmp_path / "b.json") == 1
+    content = json.loads((tmp_path / "b.json").read_text())
+    ours = [row for row in content["rows"] if row["ours"]]
+    assert ours and all(
+        row["ms"] is None and not row["samples"] and not row["ok"] and "wrong on fresh inputs: out" in row["note"] for row in ours
+    )
+    capsys.readouterr()
+
+
+def test_what_fails_is_a_note(quick, tmp_path, capsys, monkeypatch):
+    """A peer that runs out of memory leaves the others be; so does time that runs out."""
+
+    def no_memory(x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setitem(run.MAKERS, "eager", no_memory)
+    assert sbk_here(*quick, "--beside", "eager", "--case", "tiny", "--json", tmp_path / "b.json") == 0
+    rows = {(row["contender"], row["direction"]): row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
+    assert rows["torch", "forward"]["ms"] and "OutOfMemoryError: CUDA out of memory" in rows["eager", "backward"]["note"]
+    assert sbk_here(*quick, "--minutes", "1e-9") == 0
+    assert "left out: one query: no time was left" in capsys.readouterr().out
+
+    def no_inputs(case, *rest, make=inputs.make):
+        if case.regime == "alive":
+            raise torch.OutOfMemoryError("too large")
+        return make(case, *rest)
+
+    monkeypatch.setattr(run.inputs, "make", no_inputs)
+    monkeypatch.setattr(limits, "canary", lambda _: ("none", lambda: None))
+    assert sbk_here(*quick) == 0 and "left out: tiny: OutOfMemoryError: too large" in capsys.readouterr().out
+
+
+def test_what_takes_too_long_is_not_tried_again(quick, tmp_path, monkeypatch):
+    cases = [sets.Case(str(n), sets.attention(1, 2, 1, n, n, 16), "float32", ("forward",)) for n in (40, 30, 50)]
+    monkeypatch.setitem(sets.SETS, "cpu", lambda: cases)
+    monkeypatch.setattr(run, "MAX_CALL_SECONDS", 0)
+    assert sbk_here(*quick, "--beside", "eager", "--json", tmp_path / "b.json") == 0
+    rows = [row for row in json.loads((tmp_path / "b.json").read_text())["rows"] if row["contender"] == "eager"]
+    notes = [row["note"].split(":")[0] for row in rows]
+    assert notes == ["not timed", "not timed", "not tried"] and all(row["ms"] is None for row in rows)
+
+
+def test_events_are_held_against_graph_replay(monkeypatch):
+    """With replays that are planted: they need a GPU."""
+    x = inputs.make(inputs.Case("alive", M=300, N=300), torch.float32, "cpu")
+    measured = run.Bench("cpu", [], (), limits.Limits(1.0, 1.0, 1.0))
+    replays = {"agrees": 0.102, "differs": 0.2, "refuses": None}
+
+    def replayed(name, device):
+        if replays[name] is None:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return replays[name]
+
+    monkeypatch.setattr(timer, "replayed", replayed)
+    rows = {name: Row("c", 1, 2, 2, 300, 300, 32, 32, (), "float32", name, True, "forward", "", ms=0.1) for name in replays}
+    measured._cross_check(x, {name: name for name in replays}, rows)
+    notes = ["", "replayed from a graph 0.2000 ms", "not captured in a graph: RuntimeError: operation not permitted"]
+    assert [row.note for row in rows.values()] == notes
+
+
+@pytest.mark.parametrize(("error", "status", "said"), [(KeyboardInterrupt, 130, "interrupted"), (RuntimeError, 2, "lost")])
+def test_what_was_measured_is_kept(quick, tmp_path, capsys, monkeypatch, error, status, said):
+    def stop(self, case, rows, check=run.Bench._check):
+        if case.name != "tiny":
+            raise error(said)
+        check(self, case, rows)
+
+    monkeypatch.setattr(run.Bench, "_check", stop)
+    assert sbk_here(*quick, "--beside", "none", "--json", tmp_path / "b.json") == status
+    assert {row["case"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]} == {"tiny"}
+    assert f"{said}: the problems above are complete" in capsys.readouterr().out
+
+
+def test_ctrl_c(tmp_path):
+    """A real one, in a process of its own."""
+    command = [sys.executable, "-m", "sbkernels", "bench", "--device", "cpu", "--json", str(tmp_path / "b.json")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.wait(timeout=4)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=120)
+    assert running.returncode == 130
+
+
+def test_bench_refuses(tmp_path, capsys):
+    (tmp_path / "text").write_text("no JSON")
+    for arguments, words in (
+        (("--set", "none"), "expected one of training"), (("--set", "training"), "the device is cpu"),
+        (("--case", "none"), "a part of"),
+        (("--beside", "none", "--beside", "x"), "--beside 'x': expected one of"), (("--minutes", "0"), "more than 0"),
+        (("--minutes", "nan"), "more than 0"), (("--clock", "1000"), "of a GPU"), (("--backend", "none"), "not registered"),
+        (("--against", str(tmp_path / "none")), "No such file"), (("--against", str(tmp_path / "text")), "is no record"),
+        (("--against", str(record.FOLDER / "compare-cpu.json")), "is a record of 'compare'"),
+    ):  # fmt: skip
+        assert words in refused(capsys, "bench", "--device", "cpu", *arguments), arguments
+
+
+def test_readme_says_what_the_records_say():
+    """`sbk bench --readme` makes it so."""
+    text = readme.README.read_text(encoding="utf-8")
+    assert len(readme.MARKED.findall(text)) >= 2
+    assert readme.filled(text) == text
+
+
+def test_tables_of_bench_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "FOLDER", tmp_path)
+    sizes = {"case": "c", "B": 2, "H": 4, "Hk": 2, "M": 1, "N": 8, "D": 16, "lengths": []}
+    rows = [
+        {**sizes, "contender": "cuda", "direction": "decode", "ms": 0.5, "ratios": {"FlashAttention-2": 1.5, "cuDNN": 0.75}},
+        {**sizes, "contender": "cuDNN", "direction": "decode", "ms": 0.375, "ratios": {"FlashAttention-2": 2.0}},
+        {**sizes, "M": 8, "contender": "cuda", "direction": "step", "ms": 0.016, "ratios": {}},
+        {**sizes, "M": 8, "contender": "ptx", "direction": "step", "ms": None, "ratios": {}},
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({"kind": "bench", "rows": rows}))
+    made = readme.filled("a\n<!-- table: bench cuda:decode cuDNN:decode cuda:tokens -->\nold\n<!-- end of table -->\nb")
+    assert made.splitlines()[2:6] == [
+        "| B, H, N, D | cuda decode | cuDNN decode | cuda 1000 tokens/s |",
+        "| --- | --- | --- | --- |",
+        "| 2, 4 on 2, 1 of 8, 16 | 0.500 (1.50, 0.75) | 0.375 (2.00) | - |",
+        "| 2, 4 on 2, 8, 16 | - | - | 1000 |",
+    ]
+    for asked, words in (("none cuda:decode", "No such file"), ("bench ptx:step", "none of these columns")):
+        with pytest.raises(ValueError, match=words):
+            readme.table(asked)
