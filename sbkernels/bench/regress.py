@@ -110,17 +110,19 @@ def load(path) -> dict:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         if content["kind"] != "bench":
             raise ValueError(f"{path} is a record of {content['kind']!r}: expected one of sbk bench --json")
-        content["rows"], content["canary"]["samples"], content["device"], content["environment"]["cpu"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        content["rows"], content["canary"]["samples"], machine(content)
+    except (json.JSONDecodeError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no record of sbk bench --json: {error!r}") from error
     return content
 
 
 def machine(content: dict) -> str:
-    """The name of what a record was measured on."""
+    """What a record was measured on: a GPU's name, or a CPU's and on how many threads."""
     kind, _, index = content["device"].partition(":")
     environment = content["environment"]
-    return environment["gpus"][int(index or 0)]["name"] if kind == "cuda" else environment["cpu"]
+    return (
+        environment["gpus"][int(index or 0)]["name"] if kind == "cuda" else f"{environment['cpu']}, threads: {content['threads']}"
+    )
 
 
 def key(row: dict) -> tuple:

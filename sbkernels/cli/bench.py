@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
+import torch
 from rich.markup import escape
 
 from .. import environment
@@ -109,6 +110,7 @@ def content_of(name: str, measured: run.Bench) -> dict:
         "kind": "bench",
         "set": name,
         "device": measured.device,
+        "threads": torch.get_num_threads(),
         "environment": described,
         "sources": described["sources"],
         "limits": dataclasses.asdict(measured.limits),
@@ -122,8 +124,9 @@ def show(measured: run.Bench, why_no_clock: str) -> None:
     """The tables: one for each problem."""
     found = measured.limits
     gops = "not measured" if found.special_function_gops is None else f"{found.special_function_gops:.0f} G/s"
+    where = f"cpu, threads: {torch.get_num_threads()}" if measured.device == "cpu" else measured.device
     out.print(
-        f"{measured.device}: at most {found.tensor_tflops:.3g} TFLOP/s in products, special functions {gops}, memory "
+        f"{where}: at most {found.tensor_tflops:.3g} TFLOP/s in products, special functions {gops}, memory "
         f"{found.memory_gbs:.0f} GB/s {found.note}"
     )
     softmax = [name for name in contenders.SOFTMAX if any(name in row.ratios for row in measured.rows)]
