@@ -57,8 +57,8 @@ def test_planted_samples_are_told_apart():
     print(f"\nsame turns, {COMPARISONS} comparisons: no slowdown {same}\n3 % slower {slower}\n3 % faster {faster}")
     assert same["SLOWER"] + same["FASTER"] < 0.01
     assert slower["SLOWER"] >= 0.95 and faster["FASTER"] >= 0.95
-    same, slower = words(1.0, False), words(1.06, False)
-    print(f"two runs: no slowdown {same}\n6 % slower {slower}")
+    same, slower = words(1.0, False), words(1.15, False)
+    print(f"two runs: no slowdown {same}\n15 % slower {slower}")
     assert same["SLOWER"] + same["FASTER"] < 0.01 and slower["SLOWER"] > slower["FASTER"] == 0
 
 
@@ -151,9 +151,9 @@ def test_contenders_agree():
         for a, b in zip(ours[direction](), plain[direction](), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     packed = inputs.make(inputs.Case("alive", lengths=(3, 4)), torch.float32, "cpu")
-    with pytest.raises(ValueError, match="packed"):
+    with pytest.raises(contenders.NotHere, match="packed"):
         contenders.eager(packed)
-    with pytest.raises(ValueError, match="as many queries"):
+    with pytest.raises(contenders.NotHere, match="as many queries"):
         contenders.softmax(inputs.make(inputs.Case("alive", M=3, N=70), torch.float32, "cpu"), "SDPA math")
 
 

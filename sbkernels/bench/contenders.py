@@ -25,6 +25,10 @@ EAGER_LOGITS = 2**30
 AUTHORS = "authors"
 
 
+class NotHere(ValueError):
+    """Why a contender does not take inputs, which is no failure."""
+
+
 def ours(x: inputs.Inputs, backend, variant: str = "") -> dict:
     """One backend on dense or varlen inputs."""
     problem = problem_of(x)
@@ -48,7 +52,7 @@ def softmax(x: inputs.Inputs, name: str) -> dict:
     case, group = x.case, x.q.shape[1] // x.k.shape[1]
     M, N = x.q.shape[2], x.k.shape[2]
     if M not in (1, N):
-        raise ValueError(f"{name} stands beside as many queries as keys or one, not {M} of {N}")
+        raise NotHere(f"{name} stands beside as many queries as keys or one, not {M} of {N}")
 
     def call(q, k, v):
         if case.lengths:
@@ -75,7 +79,7 @@ def softmax_contenders(x: inputs.Inputs) -> dict[str, dict]:
     for name in softmax_names(str(x.q.device)):
         try:
             found[name] = softmax(x, name)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, NotHere):
             continue
     return found
 
@@ -93,10 +97,10 @@ def eager(x: inputs.Inputs, operator=stickbreaking) -> dict:
     """`stickbreaking` on dense inputs."""
     case = x.case
     if case.lengths:
-        raise ValueError("packed sequences are not in it")
+        raise NotHere("packed sequences are not in it")
     logits = case.B * case.H * case.M * case.N
     if logits > EAGER_LOGITS:
-        raise ValueError(f"{logits} logits in memory: at most {EAGER_LOGITS} are tried")
+        raise NotHere(f"{logits} logits in memory: at most {EAGER_LOGITS} are tried")
     return directions(operator, [x.q, x.k, x.v], (x.dout, x.dremainder))
 
 
@@ -110,7 +114,7 @@ def authors(x: inputs.Inputs) -> dict:
     """The package `stickbreaking_attention` of the paper's authors. ImportError where it is not installed."""
     case = x.case
     if case.Hk != case.H or (case.M != case.N and not case.lengths):
-        raise ValueError("it takes as many key heads as heads, and as many queries as keys")
+        raise NotHere("it takes as many key heads as heads, and as many queries as keys")
     if case.lengths:
         from stickbreaking_attention.sb_varlen import sb_attn_varlen
 

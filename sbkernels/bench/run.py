@@ -20,6 +20,7 @@ from ..verify.run import attend, problem_of, variant_of, why_not
 from ..verify.spots import judge_spots, spots
 from . import contenders, limits, regress, step, timer
 from .clock import Clock
+from .contenders import NotHere
 from .rows import Canary, Row, rounded
 from .sets import Case
 
@@ -214,10 +215,6 @@ class Bench:
                 if row.contender == name:
                     row.forget()
                     row.add_note(f"wrong on fresh inputs: {'; '.join(bad)}")
-
-
-class NotHere(Exception):
-    """Why a contender is not measured, which is no failure."""
 
 
 def willing(backend, problem, make: Callable[[], dict]) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
+import torch
 from rich.markup import escape
 
 from .. import environment
@@ -59,7 +60,7 @@ def bench(arguments) -> int:
         out.print(f"stored in {arguments.json}")
     verdicts = regress.against(old, content) if old and measured.rows else []
     if verdicts:
-        show_verdicts(verdicts)
+        show_verdicts(verdicts, device)
     if stopped:
         out.print(f"{escape(stopped)}: the problems above are complete, the others were not measured")
         return INTERRUPTED if stopped == "interrupted" else REFUSED
@@ -109,6 +110,7 @@ def content_of(name: str, measured: run.Bench) -> dict:
         "kind": "bench",
         "set": name,
         "device": measured.device,
+        "threads": torch.get_num_threads(),
         "environment": described,
         "sources": described["sources"],
         "limits": dataclasses.asdict(measured.limits),
@@ -122,8 +124,9 @@ def show(measured: run.Bench, why_no_clock: str) -> None:
     """The tables: one for each problem."""
     found = measured.limits
     gops = "not measured" if found.special_function_gops is None else f"{found.special_function_gops:.0f} G/s"
+    where = f"cpu, threads: {torch.get_num_threads()}" if measured.device == "cpu" else measured.device
     out.print(
-        f"{measured.device}: at most {found.tensor_tflops:.3g} TFLOP/s in products, special functions {gops}, memory "
+        f"{where}: at most {found.tensor_tflops:.3g} TFLOP/s in products, special functions {gops}, memory "
         f"{found.memory_gbs:.0f} GB/s {found.note}"
     )
     softmax = [name for name in contenders.SOFTMAX if any(name in row.ratios for row in measured.rows)]
@@ -141,7 +144,8 @@ def show(measured: run.Bench, why_no_clock: str) -> None:
             cells += [_number(row.ratios.get(name), ".2f") for name in softmax]
             cells += [_number(row.warm_ms, ".4g"), _number(row.peak_bytes and row.peak_bytes / 2**20, ".0f")]
             made.add_row(row.contender, row.direction, *cells)
-        out.print(made)
+        if made.row_count:
+            out.print(made)
         for direction in dict.fromkeys(row.direction for row in rows):
             out.print(fastest([row for row in rows if row.direction == direction and row.ms is not None]), style="dim")
         notes = {}
@@ -176,7 +180,7 @@ def fastest(rows: list[Row]) -> str:
     return f"  {ours.direction}: {ours.contender}{' is ' if found else ''}{', '.join(found)}"
 
 
-def show_verdicts(verdicts) -> None:
+def show_verdicts(verdicts, device: str) -> None:
     """How our rows stand beside an earlier run's."""
     made = table("beside the record", "backend", "pass", "problem", "verdict", "time, new over old", "")
     for row, verdict in verdicts:
@@ -185,6 +189,8 @@ def show_verdicts(verdicts) -> None:
     out.print(made)
     counts = [f"{sum(v.word == word for _, v in verdicts)} {word}" for word in regress.WORDS]
     out.print(", ".join(counts))
+    equal = regress.EQUAL_RUNS["cpu" if device == "cpu" else "cuda"]
+    out.print(f"SLOWER and FASTER: by more than {regress.WORTH:.0%}; SAME: by less than {equal:.0%}; at 99 %.", style="dim")
 
 
 def _number(value, form: str) -> str:

@@ -1,11 +1,13 @@
-"""How often a difference is seen that is none, and how often one that was planted is: the figures of `sbk bench`'s comparisons.
+"""How often a difference is seen that is none, and how often one that was planted is: the figures of `sbk bench`'s verdicts.
 
-`pytest tests/benchmarks/test_figures.py --benchmark-only -s`, some minutes; without --benchmark-only nothing is run. Contenders
-are torch's backend, the same again, and the same with 3 % of what the call just took spent waiting behind it. They take turns
-with the canary, so that the same samples give comparisons in turns and, cut into blocks that lie apart in time, of two runs.
+`pytest tests/benchmarks/test_figures.py --benchmark-only -s`, some minutes on a CPU; without --benchmark-only nothing is run.
 """
 
 import collections
+import itertools
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,7 +19,7 @@ from sbkernels import registry
 from sbkernels.bench import contenders, limits, regress, sets, timer
 from sbkernels.verify import inputs
 
-COMPARISONS = 100
+COMPARISONS, PROCESSES = 100, 15
 SLOWDOWN = 0.03
 EFFORT = timer.Effort(seconds=1e9, least=300, most=300)
 CASE = sets.attention(1, 1, 1, 256, 256, 64)
@@ -41,7 +43,8 @@ def words(verdicts) -> dict[str, int]:
     return {word: counted[word] for word in regress.WORDS}
 
 
-def test_false_alarms_and_planted_slowdowns(benchmark):
+def test_contenders_in_turns(benchmark):
+    """torch's backend, the same again, and the same with 3 % of what the call just took spent waiting behind it."""
     if not benchmark.enabled:
         pytest.skip("times are taken with --benchmark-only")
     threads = torch.get_num_threads()
@@ -57,15 +60,31 @@ def test_false_alarms_and_planted_slowdowns(benchmark):
     found = words(regress.in_turns(run["one"].samples, run["slower"].samples) for run in runs)
     print(f"\n{COMPARISONS} comparisons in turns, {EFFORT.least} samples: one backend with itself {alarms}")
     print(f"{SLOWDOWN:.0%} planted {found}")
-
-    def between(name):
-        """Each run with the one half of all later."""
-        pairs = [(runs[i]["one"], runs[(i + COMPARISONS // 2) % COMPARISONS][name]) for i in range(COMPARISONS)]
-        samples = [[regress.Samples(timing.samples, timing.beside) for timing in pair] for pair in pairs]
-        return words(regress.two_runs(*pair, "cpu") for pair in samples)
-
-    apart = between("same")
-    print(f"of two runs: one backend with itself {apart}\n{SLOWDOWN:.0%} planted {between('slower')}")
     assert alarms["SLOWER"] + alarms["FASTER"] < 0.01 * COMPARISONS
     assert found["SLOWER"] >= 0.95 * COMPARISONS
-    assert apart["SLOWER"] + apart["FASTER"] <= 0.01 * COMPARISONS
+
+
+def test_runs_against_each_other(benchmark, tmp_path):
+    """`sbk bench` in PROCESSES processes, each held against each. Slowdowns are planted in the samples of one of two."""
+    if not benchmark.enabled:
+        pytest.skip("times are taken with --benchmark-only")
+    paths = [tmp_path / f"{i}.json" for i in range(PROCESSES)]
+
+    def measure():
+        for path in paths:
+            words = ("--device", "cpu", "--backend", "torch", "--beside", "none", "--case", "4 heads", "--case", "decoder")
+            command = [sys.executable, "-m", "sbkernels", "bench", *words, "--json", str(path)]
+            subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+
+    benchmark.pedantic(measure, rounds=1, iterations=1)
+    records = [regress.load(path) for path in paths]
+    print()
+    counted = {}
+    for slowdown in (0.0, SLOWDOWN, 0.10, 0.20):
+        verdicts = []
+        for old, new in itertools.combinations(records, 2):
+            rows = [row | {"samples": [ms * (1 + slowdown) for ms in row["samples"]]} for row in new["rows"]]
+            verdicts += [verdict for _, verdict in regress.against(old, new | {"rows": rows})]
+        counted[slowdown] = words(verdicts)
+        print(f"{len(verdicts)} comparisons of {PROCESSES} runs, {slowdown:.0%} planted: {counted[slowdown]}")
+    assert counted[0.0]["SLOWER"] < 0.01 * len(verdicts)
