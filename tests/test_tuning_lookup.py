@@ -209,6 +209,18 @@ def test_damage_leaves_what_is_shipped(planted, tmp_path, monkeypatch):
     assert found["tuned, shipped"] > 40
 
 
+def test_what_is_shipped_is_not_slower_than_defaults():
+    """Each shipped row was raced against its problem's default config on the same GPU; it is that, or faster."""
+    found = collections.Counter()
+    with tuning.shipped() as database:
+        for trial in database.trials():
+            default_ms = trial.details["default_ms"]
+            assert trial.status == "confirmed" and trial.median <= default_ms
+            found[trial.bodies["kernel"]["backend"], trial.median < default_ms] += 1
+    print("\nshipped rows, by backend and whether faster than the default:", dict(found))
+    assert {backend for backend, _ in found} == {"cuda", "ptx", "triton"}
+
+
 def test_answers_in_another_thread(planted):
     planted(1.0)
     lookup, found = planted.lookup(), []
