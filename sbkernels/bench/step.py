@@ -103,11 +103,15 @@ def stickbreaking(backend: str) -> Callable:
 
 
 def softmax(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Callable:
-    """torch's causal attention by a kernel of contenders.SOFTMAX, with rotary embeddings, which it needs and stick-breaking not."""
+    """torch's causal attention by a kernel of contenders.SOFTMAX, with rotary embeddings, which it needs and stick-breaking not.
+
+    torch.compile fuses the embeddings: in eager operations they would make a step longer than any user's.
+    """
     exponent = torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim
     angle = torch.arange(shape.tokens, device=device)[:, None] / ROPE_BASE**exponent
     cos, sin = (torch.cat([t, t], -1).to(dtype) for t in (angle.cos(), angle.sin()))
 
+    @torch.compile
     def rotate(x):
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
