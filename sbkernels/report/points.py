@@ -74,16 +74,17 @@ class Point:
 
 
 def points(stored: Stored) -> dict[str, list[Point]]:
-    """By machine, GPUs first. A machine that was benchmarked is not shown by its comparisons, too."""
-    found = collections.defaultdict(list)
-    records = sorted(stored.of("bench", "compare"), key=lambda record: (record.kind, not record.on_gpu))
-    benched = {record.machine for record in records if record.kind == "bench"}
-    for record in sorted(records, key=lambda record: not record.on_gpu):
+    """By machine, GPUs first. A machine whose benchmarks have times over N is not shown by its comparisons, too."""
+    records = sorted(stored.of("bench", "compare"), key=lambda record: not record.on_gpu)
+    found = {record.machine: [] for record in records}
+    for record in records:
         if record.kind == "bench":
             found[record.machine] += of_bench(record)
-        elif record.machine not in benched:
+    benched = {machine for machine, mine in found.items() if any(curves(mine, way) for way in ("forward", "backward"))}
+    for record in records:
+        if record.kind == "compare" and record.machine not in benched:
             found[record.machine] += of_compare(record)
-    return dict(found)
+    return found
 
 
 def of_bench(record: Record) -> list[Point]:
