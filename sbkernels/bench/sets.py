@@ -103,7 +103,7 @@ def cpu() -> list[Case]:
 def step_case(shape: step.Shape, dtype: str) -> Case:
     """The training step of a decoder."""
     case = attention(shape.batch, shape.heads, shape.heads, shape.tokens, shape.tokens, shape.head_dim)
-    return Case(f"decoder of {shape.layers} layers, {shape.tokens} tokens", case, dtype, ("step",), shape)
+    return Case(f"decoder of {shape.depth}, {shape.tokens} tokens", case, dtype, ("step",), shape)
 
 
 SETS = {

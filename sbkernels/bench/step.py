@@ -43,8 +43,12 @@ class Shape:
     tokens: int
 
     def __str__(self) -> str:
-        size = f"hidden {self.hidden}, {self.heads} heads of {self.head_dim}, MLP {self.mlp}, {self.layers} layers"
+        size = f"hidden {self.hidden}, {self.heads} heads of {self.head_dim}, MLP {self.mlp}, {self.depth}"
         return f"decoder of {size}, no vocabulary, batch {self.batch} of {self.tokens} tokens, AdamW"
+
+    @property
+    def depth(self) -> str:
+        return f"{self.layers} layer{'s' * (self.layers != 1)}"
 
     @property
     def weights(self) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 
+from ..bench import limits
 from . import points as timed
 from .points import Point
 
@@ -17,9 +18,8 @@ MARGIN = 1.04  # of a logarithmic axis beyond its values
 ROOM, SLOPE = 1.8, 16  # of a roofline: factor around what is drawn; how far below the ridge the slope of memory is shown
 NOTHING = {"values": [{}]}  # one row, for a mark that has no data
 HEADROOM = 1.06  # of the largest value, over which an axis ends
-# Special functions a logit, least and most: the exponential, backward beta's reciprocal, and a share of the reciprocal that a group
-# of keys has in common, at most a pair.
-SPECIAL_FUNCTIONS = {"forward": (1.0, 1.5), "decode": (1.0, 1.5), "backward": (2.0, 2.5)}
+# Special functions a logit, least and most: of the reciprocal that a group of keys has in common a key's share is at most half.
+SPECIAL_FUNCTIONS = {way: (least, least + 0.5) for way, least in limits.SPECIAL.items()}
 
 
 @dataclasses.dataclass(frozen=True)
