@@ -138,13 +138,17 @@ def samples(content: dict, row: dict) -> Samples:
     return Samples(tuple(row["samples"]), tuple(canary[: len(row["samples"])]))
 
 
-def against(old: dict, new: dict) -> list[tuple[dict, Verdict]]:
-    """A verdict for each of our rows of a new record that has samples in the old one, too.
-
-    ValueError where the records are of different machines or have no row in common.
-    """
+def check_machine(old: dict, new: dict) -> None:
+    """ValueError where records are of different machines; of the new one device, threads and environment are enough."""
     if machine(old) != machine(new):
         raise ValueError(f"the record is of {machine(old)} and this is {machine(new)}: expected the same machine")
+
+
+def against(old: dict, new: dict) -> list[tuple[dict, Verdict]]:
+    """A verdict for each of our rows of a new record of the same machine that has samples in the old one, too.
+
+    ValueError where the records have no row in common.
+    """
     kept = {key(row): row for row in old["rows"] if row["samples"]}
     pairs = [(kept[key(row)], row) for row in new["rows"] if row["ours"] and row["samples"] and key(row) in kept]
     if not pairs:

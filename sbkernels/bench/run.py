@@ -83,23 +83,18 @@ class Bench:
 
     def _candidates(self, case: Case, x: inputs.Inputs) -> dict[str, Callable[[], dict]]:
         """{contender: function that makes it}, which raises where it cannot run."""
-        dtype = DTYPES[case.dtype]
-        found = {}
+        dtype, found = DTYPES[case.dtype], {}
         for name in self.backends:
+            backend = registry.load(name)
+            make = functools.partial(contenders.ours, x, backend)
             if case.step:
-                attend_by = functools.partial(step.stickbreaking, name)
-                make = lambda a=attend_by: step.contender(case.step, a(), dtype, self.device)  # noqa: E731
-            else:
-                make = lambda name=name: contenders.ours(x, registry.load(name))  # noqa: E731
-            found[name] = functools.partial(willing, registry.load(name), problem_of(x), make)
+                make = functools.partial(step.contender, case.step, step.stickbreaking(name), dtype, self.device)
+            found[name] = functools.partial(willing, backend, problem_of(x), make)
         for name in beside(self.device, bool(case.step)):
-            if name not in self.beside:
-                continue
-            if case.step:
-                softmax = functools.partial(step.softmax, name, case.step, dtype, self.device)
-                found[name] = lambda a=softmax: step.contender(case.step, a(), dtype, self.device)
-            else:
+            if name in self.beside:
                 found[name] = functools.partial(MAKERS[name], x)
+                if case.step:
+                    found[name] = functools.partial(step.softmax_contender, name, case.step, dtype, self.device)
         return found
 
     def _make(self, case: Case, x: inputs.Inputs) -> dict[str, dict | Exception]:

@@ -146,6 +146,11 @@ def contender(shape: Shape, attend: Callable, dtype: torch.dtype, device: str) -
     return {"step": function}
 
 
+def softmax_contender(name: str, shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Callable]:
+    """`contender` with `softmax`."""
+    return contender(shape, softmax(name, shape, dtype, device), dtype, device)
+
+
 def work(shape: Shape, x: inputs.Inputs) -> limits.Work:
     """The least a step asks for; x: inputs of one layer's attention."""
     both = [limits.work(x, direction) for direction in ("forward", "backward")]

@@ -1,1 +1,1 @@
-"""The command line: `sbk info | explain | compare | verify | softplus`."""
+"""The command line, `sbk`: a module for each command, loaded when it is run."""

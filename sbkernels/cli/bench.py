@@ -16,7 +16,7 @@ from ..problem import DTYPES
 from ..verify import record
 from ..verify.run import targets
 from .main import EXCEEDED, INTERRUPTED, OK, REFUSED
-from .shared import backend_names, check_device, out, progress_bar, table
+from .shared import backend_names, check_device, out, progress_bar, shown, table
 
 NOTHING = "none"
 JOINED = {regress.SAME: "as", regress.FASTER: "than", regress.SLOWER: "than", regress.UNSURE: "beside"}
@@ -38,6 +38,9 @@ def bench(arguments) -> int:
     if not backends:
         raise BackendError(f"no backend to measure on {device}\n{availability_text()}")
     reader, why = clock.of(device, declared(arguments.clock, device))
+    where = {"device": device, "threads": torch.get_num_threads(), "environment": environment.describe()}
+    if old:
+        regress.check_machine(old, where)
     stopped = None
     with progress_bar() as bar:
         task = bar.add_task("limits of the machine", total=sum(len(case.directions) for case in cases))
@@ -50,13 +53,13 @@ def bench(arguments) -> int:
             stopped = "interrupted"
         except (RuntimeError, OSError) as error:  # what was measured before is kept
             stopped = str(error)
-    content = content_of(arguments.set or sets.default(device), measured)
+    content = where | content_of(arguments.set or sets.default(device), measured)
     show(measured, why)
     for name, reason in missing.items():
         out.print(f"cannot run here: {name}: {escape(reason)}")
     if arguments.json:
-        rest = {name: value for name, value in content.items() if name not in ("kind", "environment", "rows")}
-        record.write(arguments.json, "bench", content["rows"], **rest)
+        rest = {name: value for name, value in content.items() if name != "environment"}
+        record.write(arguments.json, "bench", measured_in=where["environment"], **rest)
         out.print(f"stored in {arguments.json}")
     verdicts = regress.against(old, content) if old and measured.rows else []
     if verdicts:
@@ -103,16 +106,10 @@ def declared(asked: float | None, device: str) -> float | None:
 
 
 def content_of(name: str, measured: run.Bench) -> dict:
-    """What is stored of a run, as record.write and regress take it."""
-    described = environment.describe()
+    """What is stored of a run besides where it ran."""
     reader = measured.clock
     return {
-        "kind": "bench",
         "set": name,
-        "device": measured.device,
-        "threads": torch.get_num_threads(),
-        "environment": described,
-        "sources": described["sources"],
         "limits": dataclasses.asdict(measured.limits),
         "clock": {"declared_mhz": reader.declared, "highest_mhz": reader.highest} if reader else None,
         "canary": measured.canary.record(),
@@ -141,8 +138,8 @@ def show(measured: run.Bench, why_no_clock: str) -> None:
             low, high = row.interval
             cells = [f"{row.ms:.4g}", f"{50 * (high - low) / row.ms:.1f}", f"{row.tflops:.3g}"]
             cells.append(f"{100 * row.of_limit:.0f} {row.limit.removesuffix(' function')}")
-            cells += [_number(row.ratios.get(name), ".2f") for name in softmax]
-            cells += [_number(row.warm_ms, ".4g"), _number(row.peak_bytes and row.peak_bytes / 2**20, ".0f")]
+            cells += [shown(row.ratios.get(name), ".2f") for name in softmax]
+            cells += [shown(row.warm_ms, ".4g"), shown(row.peak_bytes and row.peak_bytes / 2**20, ".0f")]
             made.add_row(row.contender, row.direction, *cells)
         if made.row_count:
             out.print(made)
@@ -191,7 +188,3 @@ def show_verdicts(verdicts, device: str) -> None:
     out.print(", ".join(counts))
     equal = regress.EQUAL_RUNS["cpu" if device == "cpu" else "cuda"]
     out.print(f"SLOWER and FASTER: by more than {regress.WORTH:.0%}; SAME: by less than {equal:.0%}; at 99 %.", style="dim")
-
-
-def _number(value, form: str) -> str:
-    return "-" if value is None else format(value, form)

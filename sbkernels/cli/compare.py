@@ -12,7 +12,7 @@ from ..dispatch import BackendError, availability_text
 from ..verify import record
 from ..verify.run import targets
 from .main import EXCEEDED, INTERRUPTED, OK
-from .shared import backend_names, check_device, label, out, progress_bar, table
+from .shared import backend_names, check_device, label, out, progress_bar, shown, table
 
 PRIMARY = ("FlashAttention-2", "cuDNN", "SDPA math")
 
@@ -78,8 +78,8 @@ def show(problems, rows, missing) -> None:
                 notes.setdefault(row.note, dict.fromkeys([who]))[who] = None
             if row.relative_l2 is None:
                 continue
-            cells = [_number(row.relative_l2, ".1e"), _number(row.to_baseline, ".2f"), _number(row.ms, ".3f")]
-            cells += [_number(row.tflops, ".2f"), *(_number(row.ratios.get(name), ".2f") for name in softmax)]
+            cells = [shown(row.relative_l2, ".1e"), shown(row.to_baseline, ".2f"), shown(row.ms, ".3f")]
+            cells += [shown(row.tflops, ".2f"), *(shown(row.ratios.get(name), ".2f") for name in softmax)]
             made.add_row(who, row.direction, *cells, "" if row.ok else f"[red]bound exceeded[/red] {escape(row.note)}")
         out.print(made)
         for note, names in notes.items():
@@ -107,7 +107,3 @@ def gains(rows) -> list[str]:
             gain = without / ms[name, backend, variant, direction]
             found.setdefault((name, direction), []).append(f"{label(backend, variant)} {gain:.1f}")
     return [f"early stop on {name}, {direction}, times as fast: {', '.join(each)}" for (name, direction), each in found.items()]
-
-
-def _number(value, form: str) -> str:
-    return "-" if value is None else format(value, form)

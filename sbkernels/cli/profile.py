@@ -15,7 +15,7 @@ from ..profiles import cases, diagnose, reader
 from ..profiles.counters import COUNTERS
 from ..verify import record
 from .main import OK
-from .shared import check_device, check_dtypes, out, table
+from .shared import check_device, check_dtypes, out, shown, table
 
 SHOWN_STALLS = 3
 
@@ -100,8 +100,3 @@ def show_summary(rows: list[dict], path: pathlib.Path) -> None:
         values = zip((row["share"], row["calls"], row["total"], row["median"]), (".1f", ".0f", ".1f", ".1f"), strict=True)
         made.add_row(escape(row["kernel"]), *(shown(*value) for value in values))
     out.print(made)
-
-
-def shown(value: float | None, form: str) -> str:
-    """A number, or that there is none."""
-    return "-" if value is None else format(value, form)

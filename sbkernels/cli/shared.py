@@ -60,6 +60,11 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
+def shown(value: float | None, form: str) -> str:
+    """A number, or that there is none."""
+    return "-" if value is None else format(value, form)
+
+
 def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     """Print the title and make a plain table under it; columns named in `right` hold numbers."""
     out.print(title, style="bold", markup=False, soft_wrap=True)

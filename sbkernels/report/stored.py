@@ -6,7 +6,6 @@ import dataclasses
 import json
 import pathlib
 
-from .. import environment
 from ..tuning import replay, store
 from ..verify import record
 
@@ -49,8 +48,7 @@ class Record:
 
     def changed(self) -> list[str]:
         """Backends whose sources are not those that were recorded."""
-        present, recorded = environment.source_hashes(), self.environment.get("sources", {})
-        return [name for name in recorded if name in present and recorded[name] != present[name]]
+        return [name for name, (recorded, _) in record.changed(self.content).items() if recorded]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ from .. import environment
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "tests" / "records"
 
 
-def write(path, kind: str, rows: list[dict], **more) -> None:
-    """Store rows with everything that produced them."""
+def write(path, kind: str, rows: list[dict], measured_in: dict | None = None, **more) -> None:
+    """Store rows with everything that produced them; measured_in: environment.describe(), where it is known already."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"kind": kind, "environment": environment.describe(), **more, "rows": rows}
+    content = {"kind": kind, "environment": measured_in or environment.describe(), **more, "rows": rows}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -37,14 +37,19 @@ def stale(path) -> list[str]:
     """
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        recorded = content["environment"]["sources"]
+        content["environment"]["sources"]
         who = "contender" if content["kind"] == "bench" else "backend"
         named = {row[who] for row in content["rows"]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a record: {error!r}") from error
-    present = environment.source_hashes()
     return [
-        f"{name}: recorded sources {recorded.get(name)}, present sources {present[name]}"
-        for name in sorted(named & present.keys())
-        if recorded.get(name) != present[name]
+        f"{name}: recorded sources {recorded}, present sources {present}"
+        for name, (recorded, present) in changed(content).items()
+        if name in named
     ]
+
+
+def changed(content: dict) -> dict[str, tuple[str | None, str]]:
+    """(recorded, present) hashes of the backends that load here and whose sources are not those of a record."""
+    recorded, present = content["environment"].get("sources", {}), environment.source_hashes()
+    return {name: (recorded.get(name), present[name]) for name in sorted(present) if recorded.get(name) != present[name]}
