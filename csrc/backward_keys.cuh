@@ -77,10 +77,9 @@ template <typename T, int MT, int NT> SBK_FN void to_transposed_operand(unsigned
 template <class C>
 SBK_FN void weigh_and_differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], float (&dA)[C::MT][C::NT][4],
                                     unsigned state, int q) {
-  each_row(runs, [&](auto path, int i) {
+  each_row(runs, q, [&](auto path, const auto& scan, int i) {
     using Path = decltype(path);
     typename C::Run& run = runs[i / 2][i % 2];
-    const auto scan = scan_newer<Path>(Path::total(run), q);
     float A[C::RUN], a[C::RUN], sum = 0.f;
     Path::weights(run, Path::enter(load_shared(state + i * 32), scan.before), scan.total, A);
     get_row(a, dA[i / 2], i % 2);

@@ -42,11 +42,10 @@ template <class C>
 SBK_FN void differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], const float (&dA)[C::MT][C::NT][4],
                           BackwardRow (&rows)[C::MT][2], int end, int tile, int q, float* state_carry, float* state_sum) {
   using Run = typename C::Run;
-  each_row(runs, [&](auto path, int i) {
+  each_row(runs, q, [&](auto path, const auto& scan, int i) {
     using Path = decltype(path);
     BackwardRow& row = rows[i / 2][i % 2];
     Run& run = runs[i / 2][i % 2];
-    const auto scan = scan_newer<Path>(Path::total(run), q);
     if (tile > row.oldest_tile) row.carry = Path::undo(row.carry, scan.total);
     if (end + i * 8 <= C::BLOCK_N) row.carry = Run::WHOLE;
     const float carry = Path::enter(tile < row.oldest_tile ? Run::NONE : row.carry, scan.before);

@@ -23,7 +23,11 @@ SBK_FN void barrier_init(unsigned barrier, int arrivals) {
 }
 // After barrier_init, before other threads or the copy engine see the barriers (with a __syncthreads).
 SBK_FN void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-SBK_FN void barrier_arrive(unsigned barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+// Of the threads with `yes`. NOTE: a predicate, not a branch: behind branches of single lanes the compiler was seen to leave out a
+// __syncwarp(), which made results wrong.
+SBK_FN void barrier_arrive(unsigned barrier, bool yes = true) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0];}" ::"r"(barrier), "r"((int)yes) : "memory");
+}
 // Arrives, and holds the phase up for as many bytes of copies.
 SBK_FN void barrier_arrive_expecting(unsigned barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -41,6 +45,14 @@ SBK_FN bool barrier_wait(unsigned barrier, int parity, int limit) {
   for (int i = 0; i < limit; i++)
     if (barrier_try_wait(barrier, parity)) return true;
   return false;
+}
+// Whether it has by now, without a wait. A wait takes some 60 clocks even when it has: asked early, they pass behind other work. Not so
+// early that the phase before may still be under way, which has the other parity and would pass for it.
+SBK_FN bool barrier_test(unsigned barrier, int parity) {
+  unsigned done;
+  asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done;
 }
 
 // The hardware's 16 barriers, for whole warps: waits for `threads` threads to have come to it, those that only arrive included.

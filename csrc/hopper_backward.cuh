@@ -64,36 +64,37 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
   barriers.wait(K_FULL, 0);
   barriers.wait(V_FULL, 0);
 
+  bool dz_ready = true, q_ready = false;  // for the next step, asked at the end of the last
 #pragma unroll 1
   for (int n = 0; n < s.work.steps; n++) {
-    const auto [lane, q, row, stored] = Thread(kept(threadIdx.x % 128));
-    const bool first_lane = lane == 0;
     const int stage = n % C::STAGES, parity = n / C::STAGES % 2, slot = n % C::SLOTS, slot_parity = n / C::SLOTS % 2;
 
     // dq of two steps ago (before the third: of what is there, and thrown away), then s = q k^T.
     float dq[D / 4];
-    if (n >= 2) barriers.wait(DZ_FULL + stage, parity ^ 1);
+    barriers.wait_unless(dz_ready, DZ_FULL + stage, parity ^ 1);
     multiply_dq(dq, stage);
-    barriers.wait(Q_FULL + stage, parity);
+    barriers.wait_unless(q_ready, Q_FULL + stage, parity);
     const uint64 q_stage = q_rows + stage * Q_STAGE, dout_stage = dout_rows + stage * Q_STAGE;
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < D / 16; i++)
       wgmma_step<T, ALONG_K, ALONG_K>(e, q_stage + along_k(i, C::Q_SLAB_BYTES), k_rows + along_k(i, C::K_SLAB_BYTES), i);
     wgmma_commit();
+    const auto [lane, q, row, stored] = Thread(kept(threadIdx.x % 128));
+    const bool first_lane = lane == 0;
     const int visible = __shfl_sync(ALL_LANES, load_shared_int(base + (unsigned)offsetof(Here, visible) + stage * 4), 0);
+    const bool dout_ready = barriers.ready(DOUT_FULL + stage, parity);
     wgmma_wait<1>();  // dq, and of the last step dv and dk
-    if (first_lane && n >= 1) {
-      barriers.arrive(DOUT_EMPTY + (stage ^ 1));
-      barriers.arrive(Q_EMPTY + (stage ^ 1));
-      if (n >= 2) barriers.arrive(DZ_EMPTY + stage);
-    }
+    barriers.arrive(DOUT_EMPTY + (stage ^ 1), first_lane && n >= 1);
+    barriers.arrive(Q_EMPTY + (stage ^ 1), first_lane && n >= 1);
+    barriers.arrive(DZ_EMPTY + stage, first_lane && n >= 2);
     if (n >= 2) hand_dq_over<C>(barriers, dq_tile + kept(threadIdx.x % 128) * 16, dq, half, n - 2, lane);
     wgmma_wait<0>();
 
     // dA = dout v^T and, between its steps, e = 2^s.
-    float excess[2] = {0.f, 0.f};
-    barriers.wait(DOUT_FULL + stage, parity);
+    // NOTE: u (1 + e), rounded once, is rounded to either side: e has digits that u has not. A product of two u's is not (math.cuh).
+    float u[2] = {1.f, 1.f};
+    barriers.wait_unless(dout_ready, DOUT_FULL + stage, parity);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -106,23 +107,26 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         float &e0 = e[element(2 * i, r)], &e1 = e[element(2 * i + 1, r)];
         e0 = ex2(e0 * p.scale_log2);
         e1 = ex2(e1 * p.scale_log2);
-        excess[r] = Simple::combine(excess[r], Simple::combine(e0, e1));
+        u[r] = fmaf(u[r], e0, u[r]);
+        u[r] = fmaf(u[r], e1, u[r]);
       }
     }
     wgmma_commit();
+    const bool state_ready = barriers.ready(STATE_FULL + slot, slot_parity), next_free = barriers.ready(NEXT_EMPTY + slot, slot_parity ^ 1);
     if (visible < C::BLOCK_N) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         const int of_run = visible + Thread(kept(threadIdx.x % 128)).row + r * 8 - half * C::HALF_N - q * C::RUN;
-        excess[r] = 0.f;
+        u[r] = 1.f;
 #pragma unroll
         for (int t = 0; t < C::RUN; t++) {
           float& x = e[element(t, r)];
           x = t < of_run ? x : 0.f;
-          excess[r] = Simple::combine(excess[r], x);
+          u[r] = fmaf(u[r], x, u[r]);
         }
       }
     }
+    const float excess[2] = {u[0] - 1.f, u[1] - 1.f};
 
     // Totals of the half, for the other one.
     const unsigned here = base + (slot * C::BLOCK_M + row) * ROW_BYTES;
@@ -143,14 +147,14 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       store_shared<EXCESS + SECOND>(here + half * 4, scans[1].total);
     }
     __syncwarp();
-    if (first_lane) barriers.arrive(EXCESS_FULL + half * C::SLOTS + slot);
+    barriers.arrive(EXCESS_FULL + half * C::SLOTS + slot, first_lane);
 
     // Where the runs start.
     float start[2], next[2];
-    barriers.wait(STATE_FULL + slot, slot_parity);
+    barriers.wait_unless(state_ready, STATE_FULL + slot, slot_parity);
     const float carry[2] = {load_shared<STATE>(here), load_shared<STATE + SECOND>(here)};
     const bool entering = __any_sync(ALL_LANES, carry[0] < 0.f || carry[1] < 0.f);
-    if (half == 1 && first_lane) barriers.arrive(STATE_EMPTY + slot);
+    barriers.arrive(STATE_EMPTY + slot, half == 1 && first_lane);
     float other[2] = {0.f, 0.f};
     if (half == 1 || entering) {
       barriers.wait(EXCESS_FULL + (half ^ 1) * C::SLOTS + slot, slot_parity);
@@ -173,7 +177,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       }
     }
     if (half == 1) {
-      barriers.wait(NEXT_EMPTY + slot, slot_parity ^ 1);
+      barriers.wait_unless(next_free, NEXT_EMPTY + slot, slot_parity ^ 1);
       if (q == 0) {
         store_shared<NEXT>(here, next[0]);
         store_shared<NEXT + SECOND>(here, next[1]);
@@ -204,6 +208,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         store_matrices(weights_tile + (stored ^ i << 5), packed);
       }
     }
+    const bool dz_free = barriers.ready(DZ_EMPTY + stage, parity ^ 1);
     fence_async_shared();
     named_sync(OLDER_HALF + half, 128);
 
@@ -236,15 +241,13 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       store_shared<SECOND>(to, before[1] + sums[1].total);
     }
     __syncwarp();
-    if (first_lane) {
-      if (half == 0) barriers.arrive(STATE_EMPTY + slot);
-      barriers.arrive((half == 0 ? SUM_FULL : NEXT_FULL) + slot);
-    }
+    barriers.arrive(STATE_EMPTY + slot, half == 0 && first_lane);
+    barriers.arrive((half == 0 ? SUM_FULL : NEXT_FULL) + slot, first_lane);
 #pragma unroll
     for (int r = 0; r < 2; r++) before[r] += sums[r].before;
 
     // dz.
-    barriers.wait(DZ_EMPTY + stage, parity ^ 1);
+    barriers.wait_unless(dz_free, DZ_EMPTY + stage, parity ^ 1);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       unsigned packed[4];
@@ -255,9 +258,11 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       }
       store_matrices(dz_tiles + (stage * 2 + half) * C::HALF_BYTES + (stored ^ i << 5), packed);
     }
+    dz_ready = n < 1 || barriers.ready(DZ_FULL + (stage ^ 1), (n - 1) / C::STAGES % 2);
+    q_ready = barriers.ready(Q_FULL + (stage ^ 1), (n + 1) / C::STAGES % 2);
     fence_async_shared();
     named_sync(OLDER_HALF + half, 128);
-    if (first_lane) barriers.arrive(DZ_FULL + stage);
+    barriers.arrive(DZ_FULL + stage, first_lane);
 
     // dk += dz^T q.
     wgmma_fence();

@@ -73,7 +73,12 @@ struct Barriers {
   int* error;
 
   SBK_FN unsigned at(int barrier) const { return address + barrier * (int)sizeof(Barrier); }
-  SBK_FN void arrive(int barrier) const { barrier_arrive(at(barrier)); }
+  SBK_FN void arrive(int barrier, bool yes = true) const { barrier_arrive(at(barrier), yes); }
+  // Whether a wait would be over by now (barrier_test), for wait_unless.
+  SBK_FN bool ready(int barrier, int parity) const { return barrier_test(at(barrier), parity); }
+  SBK_FN void wait_unless(bool ready, int barrier, int parity) const {
+    if (!ready) wait(barrier, parity);
+  }
   SBK_FN void wait(int barrier, int parity) const {
     if (barrier_try_wait(at(barrier), parity)) return;
     if (!barrier_wait(at(barrier), parity, load_shared_int(at(BARRIERS)))) give_up(barrier);
@@ -95,13 +100,13 @@ template <class C> SBK_FN Barriers barriers_of(Shared<C>& s, const HopperBackwar
   return {shared_address(s.barriers), p.given.error};
 }
 
+struct Visit {
+  int head, block;  // of all query heads; of the head's query blocks
+};
 // Walks over the query blocks that visit the tile by a whole warp, 32 at a time: from the newest block to the diagonal, and for each
 // block over the query heads of the key head.
 // NOTE: in this order a tile can follow the next older one a single step behind. From the diagonal on it has to wait for three steps
 // of that one before its own first, and from head to head for two more.
-struct Visit {
-  int head, block;  // of all query heads; of the head's query blocks
-};
 struct VisitingBlocks {
   const HopperBackwardParams& p;
   const Work& work;  // in shared memory: there are no registers for it

@@ -161,7 +161,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       wgmma_commit();
     };
     auto release = [&](Barrier& empty) {
-      if (lane == 0) barrier_arrive(shared_address(&empty));
+      barrier_arrive(shared_address(&empty), lane == 0);
     };
     auto weigh_tile = [&](int tile) {
       Run runs[1][2];
@@ -190,19 +190,20 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
     to_operand<T>(weights, s_rows);
 
     // Each older one: its logits and the last one's output are under way together.
-    bool first = true;
+    bool first = true, k_ready = false;
 #pragma unroll 1
     for (int tile = work.tiles_seen - 2; tile >= 0; tile--) {
-      barrier_wait(shared_address(&shared.k_full[keys.stage]), keys.parity, WAIT_LIMIT);
-      if (__shfl_sync(ALL_LANES, shared.stop[keys.stage], 0)) {
+      if (!k_ready) barrier_wait(shared_address(&shared.k_full[keys.stage]), keys.parity, WAIT_LIMIT);
+      if (shape.skip_below > 0.f && __shfl_sync(ALL_LANES, shared.stop[keys.stage], 0)) {
         release(shared.k_empty[keys.stage]);
         keys.advance();
         break;
       }
+      const bool v_ready = barrier_test(shared_address(&shared.v_full[values.stage]), values.parity);
       take_turn();
       wgmma_fence();
       start_logits();
-      barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
+      if (!v_ready) barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
       wgmma_fence();
       start_output(first);
       pass_turn();
@@ -211,6 +212,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       release(shared.k_empty[keys.stage]);
       keys.advance();
       weigh_tile(tile);
+      k_ready = barrier_test(shared_address(&shared.k_full[keys.stage]), keys.parity);
       wgmma_wait<0>();
       release(shared.v_empty[values.stage]);
       values.advance();

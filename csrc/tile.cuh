@@ -188,20 +188,6 @@ SBK_FN void absorb(Run (&runs)[MT][2], const float (&s)[MT][NT][4], float scale_
   }
 }
 
-// step(path, i) for each row of runs, path as all of the warp's runs want it.
-template <class Run, int MT, typename Step> SBK_FN void each_row(const Run (&runs)[MT][2], Step step) {
-  bool simple = true;
-#pragma unroll
-  for (int i = 0; i < MT * 2; i++) simple &= runs[i / 2][i % 2].simple();
-  if (__all_sync(ALL_LANES, simple)) {
-#pragma unroll
-    for (int i = 0; i < MT * 2; i++) step(typename Run::template Path<true>(), i);
-  } else {
-#pragma unroll
-    for (int i = 0; i < MT * 2; i++) step(typename Run::template Path<false>(), i);
-  }
-}
-
 // ---- Scans over the 4 runs of a row, two shuffles each ----
 
 template <typename Total> struct Scan {
@@ -231,6 +217,27 @@ template <class Run, int R> SBK_FN void differentiate(const Run& run, float (&a)
     const float sum = older + a[t];
     a[t] = run.gradient(t, a[t], older);
     older = sum;
+  }
+}
+
+// step(path, scan, i) for each row of runs, path as all of the warp's runs want it, scan newest run first.
+// NOTE: scanned as simple ones before the branch, in the time that the vote takes.
+template <class Run, int MT, typename Step> SBK_FN void each_row(Run (&runs)[MT][2], int q, Step step) {
+  using Simple = typename Run::template Path<true>;
+  using Mixed = typename Run::template Path<false>;
+  bool simple = true;
+#pragma unroll
+  for (int i = 0; i < MT * 2; i++) simple &= runs[i / 2][i % 2].simple();
+  simple = __all_sync(ALL_LANES, simple);
+  Scan<typename Simple::Total> scans[MT * 2];
+#pragma unroll
+  for (int i = 0; i < MT * 2; i++) scans[i] = scan_newer<Simple>(Simple::total(runs[i / 2][i % 2]), q);
+  if (simple) {
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) step(Simple(), scans[i], i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) step(Mixed(), scan_newer<Mixed>(Mixed::total(runs[i / 2][i % 2]), q), i);
   }
 }
 

@@ -1,6 +1,7 @@
-"""Where the CUDA sources lie, for compilation at run time."""
+"""Where the CUDA sources lie: for compilation at run time, and for records."""
 
 import pathlib
+import re
 
 
 def device_headers() -> pathlib.Path:
@@ -11,3 +12,18 @@ def device_headers() -> pathlib.Path:
         if (folder / "params.h").is_file():
             return folder
     raise FileNotFoundError(f"no CUDA headers: params.h is neither in {folders[0]} nor in {folders[1]}; reinstall sbkernels")
+
+
+def kernel_sources() -> list[pathlib.Path]:
+    """All of the CUDA sources."""
+    return sorted(path for pattern in ("*.cu", "*.cuh", "*.cpp", "*.h") for path in device_headers().glob(pattern))
+
+
+def included(source: str) -> list[pathlib.Path]:
+    """The device headers that a source includes, and those that they include."""
+    folder, found, texts = device_headers(), set(), [source]
+    while texts:
+        new = {folder / name for name in re.findall(r'^#include "(.+)"', texts.pop(), re.MULTILINE)} - found
+        texts += [path.read_text() for path in new]
+        found |= new
+    return sorted(found)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 
 from ..problem import Problem
-from . import hopper
+from ..sources import kernel_sources
+from . import hopper, launches
 from .base import Call
 from .launches import DTYPES, CudaBackward, CudaForward, KernelBackend, PreparedForward, current_stream
 
@@ -88,7 +89,7 @@ class CudaBackend(KernelBackend):
         return dq, dk, dv
 
     def sources(self):
-        return [__file__, hopper.__file__, *super().sources()]
+        return [__file__, hopper.__file__, launches.__file__, *kernel_sources()]
 
     def versions(self):
         return {"cuda kernels": f"{len(INSTANCES)} compiled"}

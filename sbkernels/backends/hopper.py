@@ -62,7 +62,7 @@ def mapped(call: Call) -> Call:
 class PreparedForward(launches.PreparedForward):
     """Of inputs that tensor maps can address, and blocks that share the query blocks out by a ticket."""
 
-    def params(self, call: Call, out, remainder, oldest_carry, oldest_tile) -> bytes:
+    def params(self, call: Call, out, remainder, oldest_carry, oldest_tile) -> tuple[bytes, object]:
         ticket = allocate((1,), remainder, torch.int32)
         return super().params(mapped(call), out, remainder, oldest_carry, oldest_tile, ticket)
 

@@ -15,7 +15,6 @@ import torch
 
 from .. import env
 from ..problem import Problem, is_aligned
-from ..sources import device_headers
 from .base import Backend, Call, allocate
 
 TENSOR = "4q"
@@ -157,11 +156,6 @@ class KernelBackend(Backend):
         index = 0 if problem.direction == "forward" else 1
         return list(dict.fromkeys(pair[index] for pair in self.config_pairs(problem)))
 
-    def sources(self):
-        folder = device_headers()
-        files = [path for pattern in ("*.cu", "*.cuh", "*.cpp", "*.h") for path in folder.glob(pattern)]
-        return [__file__, *sorted(map(str, files))]
-
     def forward(self, call: Call, config: CudaForward):
         out, remainder = call.empty_out(), call.empty_statistic()
         saved = (call.empty_statistic(), call.empty_statistic(torch.int32)) if call.saves else (None, None)
@@ -169,7 +163,7 @@ class KernelBackend(Backend):
         prepared = kept.get("forward")
         if prepared is None or prepared.scale != call.scale or prepared.skip_below != call.skip_below:
             prepared = kept["forward"] = self.prepare_forward(call, config, out)
-        params = prepared.params(call, out, remainder, *saved)
+        params, _alive = prepared.params(call, out, remainder, *saved)
         self.launch(prepared.kernel, prepared.grid, params, call.q.device.index)
         return out, remainder, saved
 
@@ -196,13 +190,13 @@ class PreparedForward:
     scale: float  # this and skip_below are in there
     skip_below: float
 
-    def params(self, call: Call, out, remainder, oldest_carry, oldest_tile, ticket=None) -> bytes:
-        """What to launch with; oldest_carry, oldest_tile and ticket may be None."""
+    def params(self, call: Call, out, remainder, oldest_carry, oldest_tile, ticket=None) -> tuple[bytes, object]:
+        """What to launch with, and what must not be freed before; oldest_carry, oldest_tile and ticket may be None."""
         words = self.words[:]
         words[Q], words[K], words[V], words[OUT] = call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr(), out.data_ptr()
         words[CU_SEQLENS], words[REMAINDER] = _pointer(call.cu_seqlens), remainder.data_ptr()
         words[OLDEST_CARRY], words[OLDEST_TILE], words[TICKET] = map(_pointer, (oldest_carry, oldest_tile, ticket))
-        return words.tobytes()
+        return words.tobytes(), (call, ticket)
 
 
 def pack_forward(call: Call, out) -> tuple[array.array, float, float]:

@@ -12,7 +12,7 @@ import itertools
 import torch
 
 from ..problem import Problem
-from ..sources import device_headers
+from ..sources import device_headers, included
 from . import launches, nvrtc
 from .base import Call
 from .launches import CudaBackward, CudaForward, KernelBackend
@@ -62,7 +62,7 @@ class PtxBackend(KernelBackend):
         return {"nvrtc": ".".join(map(str, nvrtc.VERSION))}
 
     def sources(self):
-        return [__file__, nvrtc.__file__, *super().sources()]
+        return [__file__, nvrtc.__file__, launches.__file__, *included(SOURCE)]
 
     def compile(self, problem: Problem, config) -> None:
         for kernel in launches.KERNELS[problem.direction]:
