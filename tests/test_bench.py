@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_cli import refused
 
+from sbkernels import stickbreaking_attention
 from sbkernels.bench import clock, contenders, limits, readme, regress, run, sets, step, timer
 from sbkernels.bench.rows import Row
 from sbkernels.problem import DTYPES
@@ -98,6 +99,14 @@ def test_contenders_agree():
         contenders.eager(packed)
     with pytest.raises(contenders.NotHere, match="as many queries"):
         contenders.softmax(inputs.make(inputs.Case("alive", M=3, N=70), torch.float32, "cpu"), "SDPA math")
+
+
+@pytest.mark.parametrize("keys", [64, 4096, 16384, 65536])
+def test_every_key_counts(keys):
+    """Over as many keys as a problem may have, the last query's stick does not fall to where kernels take it for used up."""
+    x = inputs.make(inputs.Case("alive", H=4, Hk=4, M=1, N=keys, D=64, Dv=16), torch.float32, "cpu")
+    _, remainder = stickbreaking_attention(x.q, x.k, x.v, skip_below=0.0)
+    assert remainder.min() > 2.0**-40
 
 
 def test_a_step_trains_and_keeps_the_stick_alive():

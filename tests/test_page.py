@@ -29,7 +29,7 @@ FLAGS = (
 SCHEMES = {"dark": 0, "light": 1}  # Blink's numbers
 PHONE = 390  # pixels; a window of Chromium is not made that narrow, a frame in it is
 TOO_WIDE = "document.querySelector('main').style.width = '900px'; "
-SECTIONS = ("speed", "roofline", "errors", "tuning", "verification", "environment")
+SECTIONS = ("speed", "roofline", "errors", "tuning", "verification", "profiles", "environment")
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_the_library_is_asked_for(tmp_path, capsys, monkeypatch):
 def test_profiles(tmp_path):
     """What sbk profile stored is shown with what it means."""
     path = tmp_path / "profile.json"
-    counted = str(pathlib.Path(__file__).parent / "data" / "ncu-raw.csv")
+    counted = str(pathlib.Path(__file__).parent / "data" / "ncu-odd.csv")
     assert main(["profile", "--read", counted, "--json", str(path)]) == 0
     page = build.build(stored.load([path]))
     assert "hopper_forward: special-function pipe (XU) 91 %: bound by the logit stage" in page and charts_of(page) == {}

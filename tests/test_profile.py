@@ -1,7 +1,7 @@
 """Profiles: what is read from reports, what it is taken to mean, what the scripts run, ranges. No test needs a GPU or Nsight.
 
-tests/data/ncu-raw.csv and nsys-kernels.csv are written by hand in the tools' formats, until recorded ones take their place:
-their numbers are nobody's measurement.
+tests/data/ncu-raw.csv was printed by ncu 2025.3 on an H100 for `sbk profile train-4k-64`. ncu-odd.csv, with spills, gaps and other
+units, and nsys-kernels.csv are written by hand in the tools' formats: their numbers are nobody's measurement.
 """
 
 import dataclasses
@@ -23,11 +23,23 @@ from sbkernels.problem import Problem
 from sbkernels.profiles import cases, counters, diagnose, reader, run_case
 
 DATA = pathlib.Path(__file__).parent / "data"
-NCU, NSYS = DATA / "ncu-raw.csv", DATA / "nsys-kernels.csv"
+RECORDED, ODD, NSYS = DATA / "ncu-raw.csv", DATA / "ncu-odd.csv", DATA / "nsys-kernels.csv"
 
 
-def test_ncu_is_read():
-    tool, (forward, backward, fill) = reader.read(NCU)
+def test_what_ncu_recorded_is_read():
+    """Every counter that is asked for is there."""
+    tool, rows = reader.read(RECORDED)
+    names = ["hopper_forward", "hopper_backward_begin", "hopper_backward", "hopper_backward_end"]
+    assert tool == "ncu" and [row["kernel"] for row in rows] == names
+    assert all(value is not None for row in rows for value in row["counters"].values())
+    forward, _, backward, _ = rows
+    assert forward["counters"]["time"] == 851.328 and forward["counters"]["special-function pipe (XU)"] == 42.9347
+    assert list(backward["stalls"])[:2] == ["long_scoreboard", "wait"]
+    assert "L2 68 %: traffic between L2 and shared memory may hold it up" in diagnose.diagnosis(backward)
+
+
+def test_odd_reports_are_read():
+    tool, (forward, backward, fill) = reader.read(ODD)
     assert tool == "ncu" and [row["kernel"] for row in (forward, backward)] == ["hopper_forward", "hopper_backward"]
     assert fill["kernel"] == "vectorized_elementwise" and fill["name"].startswith("void at::native::")
     assert backward["counters"]["time"] == 2714.05 and backward["counters"][counters.CONFLICTS] == 18874368
@@ -70,7 +82,7 @@ def test_short_names(name, short):
 
 def test_diagnosis():
     """A line for each limit: what fills it, what waits where nothing does, spills, conflicts."""
-    _, (forward, backward, fill) = reader.read(NCU)
+    _, (forward, backward, fill) = reader.read(ODD)
     assert "special-function pipe (XU) 91 %: bound by the logit stage" in diagnose.diagnosis(forward)
     assert "no spills" in diagnose.diagnosis(forward) and "tensor pipe 35 %: not the limit" in diagnose.diagnosis(forward)
     lines = diagnose.diagnosis(backward)
@@ -85,7 +97,7 @@ def test_limits_are_counted():
 
 def test_command(tmp_path, capsys):
     stored = tmp_path / "profile.json"
-    assert main(["profile", "--read", str(NCU), "--json", str(stored)]) == 0
+    assert main(["profile", "--read", str(ODD), "--json", str(stored)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "special-function pipe (XU) % 91.2 40.1 0.0" in shown and "FMA pipe % 38.4 21.7 -" in shown
     content = json.loads(stored.read_text())
@@ -192,7 +204,7 @@ exit {status}
 @pytest.mark.parametrize("status", [0, 9])
 def test_a_case_is_profiled(tmp_path, monkeypatch, capfd, status):
     """As on a GPU, with a tool that records nothing: the command is printed and run, its report read, a record stored."""
-    (tmp_path / "ncu").write_text(FAKE.format(csv=NCU, status=status))
+    (tmp_path / "ncu").write_text(FAKE.format(csv=ODD, status=status))
     (tmp_path / "ncu").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv(env.CACHE, str(tmp_path / "cache"))

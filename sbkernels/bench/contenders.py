@@ -51,6 +51,8 @@ def softmax(x: inputs.Inputs, name: str) -> dict:
     """torch's causal softmax attention by the kernel of this name; packed sequences as nested tensors."""
     case, group = x.case, x.q.shape[1] // x.k.shape[1]
     M, N = x.q.shape[2], x.k.shape[2]
+    if case.lengths and name == "cuDNN":
+        raise NotHere("its backward takes the head dim for the longest length (pytorch PR 186142) and writes beyond its memory")
     if M not in (1, N):
         raise NotHere(f"{name} stands beside as many queries as keys or one, not {M} of {N}")
 

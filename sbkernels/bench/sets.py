@@ -30,7 +30,7 @@ class Case:
     @property
     def inputs(self) -> str:
         """What is drawn, in words, for a record."""
-        drawn = f"logits of mean {inputs.ALIVE_LOGIT:g} and standard deviation 1, values N(0, 1), early stop off"
+        drawn = f"logits of mean {inputs.alive_logit(self.case.N):.3g} and standard deviation 1, values N(0, 1), early stop off"
         if self.case.lengths:
             drawn += f"; lengths log-normal({DOCUMENTS_MEAN}, {DOCUMENTS_STD}), seed {DOCUMENTS_SEED}"
         return f"{drawn}; {self.step}" if self.step else drawn

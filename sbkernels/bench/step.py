@@ -68,9 +68,9 @@ class Attention(nn.Module):
         self.heads, self.head_dim, self.attend = shape.heads, shape.head_dim, attend
         width = shape.heads * shape.head_dim
         self.qkv, self.out = nn.Linear(shape.hidden, 3 * width), nn.Linear(width, shape.hidden, bias=False)
-        # The last column of every head makes logits of mean ALIVE_LOGIT, as inputs.logit_parts does.
+        # The last column of every head makes logits of the mean that inputs.alive_logit gives, as inputs.logit_parts does.
         bias = torch.zeros(3, shape.heads, shape.head_dim)
-        bias[0, :, -1] = math.sqrt(-inputs.ALIVE_LOGIT * math.sqrt(shape.head_dim))
+        bias[0, :, -1] = math.sqrt(-inputs.alive_logit(shape.tokens) * math.sqrt(shape.head_dim))
         bias[1, :, -1] = -bias[0, :, -1]
         self.qkv.bias = nn.Parameter(bias.flatten())
 

@@ -69,7 +69,7 @@ def show(problems, rows, missing) -> None:
             title += f"; the stick lasts {median:.0f} keys (median), {p95:.0f} (95th percentile)"
             title += f"; early stop {'on' if x.case.skip else 'off'}"
         else:
-            title += f"; logits of mean {bench.inputs.ALIVE_LOGIT:g}, early stop off"
+            title += f"; logits of mean {bench.inputs.alive_logit(x.case.N):.3g}, early stop off"
         made = table(title, "backend", "pass", *numbers, "", right=numbers)
         notes = {}
         for row in mine:

@@ -76,7 +76,7 @@ def finding(found: list[Point]) -> tuple[str, str]:
         f"{way} {between(*span)} times {other}'s"
         for other, spans in ratios.items() for way, span in spans.items() if span
     ]  # fmt: skip
-    return heading, f"{best} reaches up to {top:.0f} TFLOP/s. Its speed: {', '.join(each)}." if each else ""
+    return heading, f"{best} reaches up to {top:.3g} TFLOP/s. Its speed: {', '.join(each)}." if each else ""
 
 
 def between(low: float, high: float) -> str:
@@ -108,13 +108,14 @@ def roofline(stored: Stored, found: dict[str, list[Point]]) -> Section:
     """Points under the ceilings that were measured on the same machine."""
     limits = {record.machine: record.content["limits"] for record in stored.of("bench") if record.content.get("limits")}
     parts, drawn, heading = [], {}, ""
-    for index, (machine, ceilings) in enumerate(limits.items()):
-        fit = [p for p in found.get(machine, []) if p.sizes and p.tflops and not p.packed]
+    for index, machine in enumerate(filter(limits.get, found)):  # in the order of their speed's sections
+        ceilings = limits[machine]
+        fit = [p for p in found[machine] if p.sizes and p.tflops and not p.packed]
         panels = collections.defaultdict(list)
         for p in fit:
             if p.direction in TITLES and (p.ours or p.contender in SOFTMAX):  # what others move is not what a fused kernel moves
                 panels[p.direction, p.D].append(p)
-        looks, figures = looks_of(found.get(machine, [])), []
+        looks, figures = looks_of(found[machine]), []
         for (way, D), kept in panels.items():
             id, title = f"roofline-{index}-{way}-{D}", f"{TITLES[way]}, D = {D}"
             text = f"TFLOP/s over operations a byte under the ceilings of {machine}: {title}"

@@ -13,7 +13,9 @@ import torch
 STOP = 150.0  # a logit that takes the whole stick: exp(-150) is 0 beside anything
 DRAWN_ON_DEVICE = 2**22  # from this many numbers on, drawing them on the CPU takes longer than all else
 FADING_LOGIT = -3.6  # mean logit with which the stick lasts some hundred keys: what is between a stop too early and one in time
-ALIVE_LOGIT = -6.0  # mean logit of the problems that are timed: over some thousand keys the stick is used up slowly
+# Mean logit of the problems that are timed, of standard deviation 1, up to so many keys, which leave e^-17 of the stick. Beyond
+# some 10,000 such keys kernels would find sticks used up, and pass over the rest.
+ALIVE_LOGIT, ALIVE_KEYS = -6.0, 4096
 REGIMES = (
     "normal", "critical", "negative", "std10", "std30", "plus_minus_30", "plus_minus_150", "ternary", "stop_at_edge", "zero",
     "fading",
@@ -83,13 +85,18 @@ class Case:
         }
 
 
+def alive_logit(keys: int) -> float:
+    """Mean logit with which a stick lasts over all of so many keys."""
+    return ALIVE_LOGIT - max(0.0, math.log(keys / ALIVE_KEYS))
+
+
 def key_bias(regime: str, N: int, generator: torch.Generator) -> torch.Tensor | None:
     """What a regime adds to the logits of each key [N], or None."""
     pick = torch.rand(N, generator=generator, device=generator.device)
     if regime == "critical":
         return torch.full((N,), -math.log(max(N, 2)), device=generator.device)
     if regime in ("alive", "fading"):
-        return torch.full((N,), ALIVE_LOGIT if regime == "alive" else FADING_LOGIT, device=generator.device)
+        return torch.full((N,), alive_logit(N) if regime == "alive" else FADING_LOGIT, device=generator.device)
     if regime == "negative":
         return torch.full((N,), -15.0, device=generator.device)
     if regime in ("plus_minus_30", "plus_minus_150"):

@@ -38,8 +38,10 @@ def stale(path) -> list[str]:
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         content["environment"]["sources"]
-        who = "contender" if content["kind"] == "bench" else "backend"
-        named = {row[who] for row in content["rows"]}
+        if content["kind"] == "profile":  # of one backend
+            named = {content["backend"]}
+        else:
+            named = {row["contender" if content["kind"] == "bench" else "backend"] for row in content["rows"]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a record: {error!r}") from error
     return [
