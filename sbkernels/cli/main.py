@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
     sanitize = commands.add_parser("sanitize", help="compute-sanitizer over a fixed set of problems, and over planted bugs")
     sanitize.add_argument("--tool", action="append", help="memcheck, racecheck, initcheck or synccheck (repeatable); default: all")
+    sanitize.add_argument("--processes", type=int, default=1, metavar="N", help="of backends and tools at a time")
 
     stress = commands.add_parser("stress", help="the same bits a thousand times under load; graph replay, streams, devices")
     stress.add_argument("--runs", type=int, default=1000, metavar="N", help="of each problem, forward and backward; default: 1000")

@@ -20,6 +20,8 @@ def sanitize(arguments) -> int:
     for tool in tools:
         if tool not in sanitizing.TOOLS:
             raise ValueError(f"--tool {tool!r}: expected one of {', '.join(sanitizing.TOOLS)}")
+    if arguments.processes < 1:
+        raise ValueError(f"--processes {arguments.processes}: expected at least 1")
     device = check_device(arguments.device)
     if device == "cpu":
         raise ValueError("compute-sanitizer watches kernels of a GPU: torch sees no CUDA device, or --device names none")
@@ -33,21 +35,22 @@ def sanitize(arguments) -> int:
         row = planted[-1]
         what = "a program without a bug" if row["bug"] == "none" else "its planted bug"
         out.print(f"{row['tool']} on {what}: {row['errors']} errors{'' if row['ok'] else ', WRONG'} {escape(row['trouble'])}")
-    rows = []
+    rows, runs = [], []
     for name in names:
         backend, reason = registry.try_load(name)
         reason = reason or backend.unsupported(problem)
         if reason:
             out.print(f"cannot run here: {name}: {escape(reason)}")
             continue
-        for tool in tools:
-            row = sanitizing.check(sanitizer, tool, name, device)
-            rows.append(row)
-            known = sum(row["known"].values())
-            said = f"{row['errors']} errors, {known} of them known, {row['unexplained']} unexplained"
-            out.print(f"{tool}, {name}: {said}, {row['cases']} problems in {row['seconds']:.0f} s {escape(row['trouble'])}")
-            for finding in row["findings"][:3]:
-                out.print(f"  {finding['during']}\n{finding['text']}", markup=False)
+        runs += [(tool, name) for tool in tools]
+    for row in sanitizing.check_all(sanitizer, runs, device, arguments.processes):
+        rows.append(row)
+        known = sum(row["known"].values())
+        said = f"{row['errors']} errors, {known} of them known, {row['unexplained']} unexplained"
+        where = f"{row['tool']}, {row['backend']}"
+        out.print(f"{where}: {said}, {row['cases']} problems in {row['seconds']:.0f} s {escape(row['trouble'])}")
+        for finding in row["findings"][:3]:
+            out.print(f"  {finding['during']}\n{finding['text']}", markup=False)
     made = table("known false alarms", "tool", "backend", "seen", "why they are", right=("seen",))
     for index, known in enumerate(sanitizing.LEDGER):
         seen = sum(row["known"].get(index, 0) for row in rows)
