@@ -66,12 +66,6 @@ LEDGER = [
         "mbarrier, and who waits there acquires what it releases: ordered by causality as PTX defines it. racecheck follows the "
         "thread that arrives, not those it arrives for.",
     ),
-    Known(
-        "racecheck", "cuda", ("Race reported between (Write|Read) access", "hopper_forward_kernel"),
-        "The numbers that the loader leaves with a stage: lanes read them, __shfl_sync() orders their reads before the arrival of "
-        "the first lane, after which the loader may write them anew. The flags of used-up sticks may be read at any time: they "
-        "only let it stop early.",
-    ),
 ]  # fmt: skip
 
 
