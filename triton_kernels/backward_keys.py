@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .step import from_runs, key_offsets, logit_gradient, per_lane, scan_start, weights
-from .tiles import load_rows, logits, program_again, sequence, state_ptrs, store_rows
+from .tiles import load_rows, logits, program_again, rows_at, sequence, state_ptrs, store_rows
 
 OLDEST_AT_ONCE = tl.constexpr(1024)  # entries of block_oldest read at a time
 
@@ -106,7 +106,7 @@ def backward_keys_kernel(
     dk_stride_n: tl.constexpr, dv_stride_n: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
-    EVEN_M: tl.constexpr, FIRST_ROWS: tl.constexpr, LAST_ROWS: tl.constexpr, SKIP: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN_M: tl.constexpr, FIRST_ROWS: tl.constexpr, LAST_ROWS: tl.constexpr, SKIP: tl.constexpr,
     TRANSPOSED: tl.constexpr, RECOMPUTE: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     unit, tile, b, h = locate(tl.program_id(0), unit_begin, key_tiles, H // GROUP)
@@ -116,8 +116,8 @@ def backward_keys_kernel(
         return
     keys_left = sequence_N - begin
     batch = 0 if VARLEN else b
-    k_ptr += batch * k_stride_b + h * k_stride_h + (token + begin) * k_stride_n
-    v_ptr += batch * v_stride_b + h * v_stride_h + (token + begin) * v_stride_n
+    k_ptr = rows_at(k_ptr, batch, k_stride_b, h, k_stride_h, token + begin, k_stride_n, ALIGNED)
+    v_ptr = rows_at(v_ptr, batch, v_stride_b, h, v_stride_h, token + begin, v_stride_n, ALIGNED)
     sum_row = unit.to(tl.int64) * N + begin
     offsets = key_offsets(BLOCK_N)
     k = load_rows(k_ptr, 0, offsets, keys_left, k_stride_n, D, BLOCK_D, False)  # [BLOCK_N, BLOCK_D]
@@ -142,8 +142,8 @@ def backward_keys_kernel(
         oldest_ptr = block_oldest_ptr + chunk_head * (chunk_rows // BLOCK_M)
         gradients = gather_rows(
             k, v,
-            q_ptr + batch * q_stride_b + head * q_stride_h + (token + row_begin) * q_stride_m,
-            dout_ptr + batch * dout_stride_b + head * dout_stride_h + (token + row_begin) * dout_stride_m,
+            rows_at(q_ptr, batch, q_stride_b, head, q_stride_h, token + row_begin, q_stride_m, ALIGNED),
+            rows_at(dout_ptr, batch, dout_stride_b, head, dout_stride_h, token + row_begin, dout_stride_m, ALIGNED),
             state_ptr + (chunk_head * key_tiles + tile) * chunk_rows * 2, oldest_ptr, tile,
             tl.maximum(1 - keys_seen, 0) // BLOCK_M,
             tl.cdiv(tl.maximum(BLOCK_N - keys_seen, 0), BLOCK_M),
@@ -161,8 +161,8 @@ def backward_keys_kernel(
     if TRANSPOSED:
         dk, dv = tl.trans(dk), tl.trans(dv)
     if LAST_ROWS:
-        dk_ptr += batch * dk_stride_b + h * dk_stride_h + (token + begin) * dk_stride_n
-        dv_ptr += batch * dv_stride_b + h * dv_stride_h + (token + begin) * dv_stride_n
+        dk_ptr = rows_at(dk_ptr, batch, dk_stride_b, h, dk_stride_h, token + begin, dk_stride_n, ALIGNED)
+        dv_ptr = rows_at(dv_ptr, batch, dv_stride_b, h, dv_stride_h, token + begin, dv_stride_n, ALIGNED)
         store_rows(dk_ptr, dk * scale, offsets, keys_left, dk_stride_n, D, BLOCK_D)
         store_rows(dv_ptr, dv, offsets, keys_left, dv_stride_n, DV, BLOCK_DV)
     else:

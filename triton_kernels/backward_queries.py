@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .step import chain_entry, key_offsets, logit_gradient, per_lane, weights
-from .tiles import load_rows, logits, program_again, sequence, side_by_side, state_ptrs, store_rows, wide
+from .tiles import load_rows, logits, program_again, rows_at, sequence, side_by_side, state_ptrs, store_rows, wide
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def backward_queries_kernel(
     dq_stride_m: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
-    EVEN_N: tl.constexpr, SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN_N: tl.constexpr, SKIP: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     blocks = chunk_rows // BLOCK_M
     chunk_head, chunk_block, m_begin, b, h = locate(tl.program_id(0), unit_begin, row_begin, blocks, H, GROUP, BLOCK_M)
@@ -74,10 +74,10 @@ def backward_queries_kernel(
     if m_begin >= M:
         return
     batch = 0 if VARLEN else b
-    q_ptr += batch * q_stride_b + h * q_stride_h + (token + m_begin) * q_stride_m
-    k_ptr += batch * k_stride_b + h // GROUP * k_stride_h + token * k_stride_n
-    v_ptr += batch * v_stride_b + h // GROUP * v_stride_h + token * v_stride_n
-    dout_ptr += batch * dout_stride_b + h * dout_stride_h + (token + m_begin) * dout_stride_m
+    q_ptr = rows_at(q_ptr, batch, q_stride_b, h, q_stride_h, token + m_begin, q_stride_m, ALIGNED)
+    k_ptr = rows_at(k_ptr, batch, k_stride_b, h // GROUP, k_stride_h, token, k_stride_n, ALIGNED)
+    v_ptr = rows_at(v_ptr, batch, v_stride_b, h // GROUP, v_stride_h, token, v_stride_n, ALIGNED)
+    dout_ptr = rows_at(dout_ptr, batch, dout_stride_b, h, dout_stride_h, token + m_begin, dout_stride_m, ALIGNED)
     stat = batch * stat_stride_b + h * stat_stride_h + token + m_begin
     state_ptr += (chunk_head.to(tl.int64) * key_tiles * chunk_rows + chunk_block * BLOCK_M) * 2
 
@@ -113,5 +113,5 @@ def backward_queries_kernel(
     blocks = wide(chunk_rows).to(tl.int32) // BLOCK_M
     chunk_head, chunk_block, m_begin, b, h = locate(program_again(0), unit_begin, row_begin, blocks, H, GROUP, BLOCK_M)
     batch = 0 if VARLEN else b
-    dq_ptr += batch * dq_stride_b + h * dq_stride_h + (token + m_begin) * dq_stride_m
+    dq_ptr = rows_at(dq_ptr, batch, dq_stride_b, h, dq_stride_h, token + m_begin, dq_stride_m, ALIGNED)
     store_rows(dq_ptr, carried[0] * scale, rows, M - m_begin, dq_stride_m, D, BLOCK_D)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .step import MIN_STICK, exp2, from_runs, key_offsets, per_lane, per_row, scan_start, spent_log2, weights
-from .tiles import load_rows, logits, sequence, store_rows
+from .tiles import load_rows, logits, rows_at, sequence, store_rows
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def forward_kernel(
     q_stride_m: tl.constexpr, k_stride_n: tl.constexpr, v_stride_n: tl.constexpr, out_stride_m: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATTEND_CURRENT: tl.constexpr, VARLEN: tl.constexpr,
-    EVEN_N: tl.constexpr, SKIP: tl.constexpr, SKIP_FIRST: tl.constexpr, LOG_SPACE: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN_N: tl.constexpr, SKIP: tl.constexpr, SKIP_FIRST: tl.constexpr, LOG_SPACE: tl.constexpr,
 ):  # fmt: skip
     m_blocks = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -64,10 +64,10 @@ def forward_kernel(
     if m_begin >= M:
         return
     batch = 0 if VARLEN else b
-    q_ptr += batch * q_stride_b + h * q_stride_h + (token + m_begin) * q_stride_m
-    k_ptr += batch * k_stride_b + h // GROUP * k_stride_h + token * k_stride_n
-    v_ptr += batch * v_stride_b + h // GROUP * v_stride_h + token * v_stride_n
-    out_ptr += batch * out_stride_b + h * out_stride_h + (token + m_begin) * out_stride_m
+    q_ptr = rows_at(q_ptr, batch, q_stride_b, h, q_stride_h, token + m_begin, q_stride_m, ALIGNED)
+    k_ptr = rows_at(k_ptr, batch, k_stride_b, h // GROUP, k_stride_h, token, k_stride_n, ALIGNED)
+    v_ptr = rows_at(v_ptr, batch, v_stride_b, h // GROUP, v_stride_h, token, v_stride_n, ALIGNED)
+    out_ptr = rows_at(out_ptr, batch, out_stride_b, h, out_stride_h, token + m_begin, out_stride_m, ALIGNED)
     stat = batch * stat_stride_b + h * stat_stride_h + token + m_begin
 
     rows = tl.arange(0, BLOCK_M)

@@ -185,38 +185,35 @@ def _scan_run_totals(x, start, M: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl
 
 
 @triton.jit
-def excess_of_both(a, b):
-    """(1 + a)(1 + b) - 1, which keeps the digits that 1 + a and 1 + b have no room for."""
-    return a * b + (a + b)
+def run_product(u, e, M: tl.constexpr, R: tl.constexpr):
+    """u [M, 4, 1] times 1 + e for each key of the runs e [M, 4, R], one after the other; inf or NaN where that overflows.
 
-
-@triton.jit
-def run_excess(x, M: tl.constexpr, R: tl.constexpr):
-    """Excesses over 1 as runs [M, 4, R] -> the excess of each run's product [M, 4, 1]; inf or NaN where that overflows."""
+    NOTE: u (1 + e) rounded once is rounded to either side, since e has digits that u has not. A product of two such is not.
+    """
     if R == 1:
-        return x
+        return u * e + u
     else:
-        older, newer = split_pairs(x, M, R)
-        return run_excess(excess_of_both(older, newer), M, R // 2)
+        older, newer = split_pairs(e, M, R)
+        return run_product(run_product(u, older, M, R // 2), newer, M, R // 2)
 
 
 @triton.jit
 def scan(
-    x, start, excess,
+    x, start, product,
     M: tl.constexpr, R: tl.constexpr, DIRECTION: tl.constexpr, SUM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Exclusive scan of runs x [M, 4, R] towards DIRECTION from start [M, 2, 2], and the tile's total [M, 2, 2].
 
-    excess: None, or what one over each run's product exceeds 1 by [M, 4, 1], from which its product is known better. SUM: add,
-    else multiply. CHAIN: start is the tuple `chain` of `chain_entry`.
+    product: None, or one over each run's product [M, 4, 1], where it is known better. SUM: add, else multiply. CHAIN: start is the
+    tuple `chain` of `chain_entry`.
     """
     if R == 1:
-        if excess is not None:
-            x = tl.where(excess < float("inf"), reciprocal(1.0 + excess), x)
+        if product is not None:
+            x = tl.where(product < float("inf"), reciprocal(product), x)
         return _scan_run_totals(x, start, M, DIRECTION, SUM, CHAIN)
     else:
         older, newer = split_pairs(x, M, R)
-        pair, total = scan(_combine(older, newer, SUM), start, excess, M, R // 2, DIRECTION, SUM, CHAIN)
+        pair, total = scan(_combine(older, newer, SUM), start, product, M, R // 2, DIRECTION, SUM, CHAIN)
         if DIRECTION == NEWER:
             return join_pairs(_combine(pair, newer, SUM), pair, M, R), total
         else:
@@ -240,11 +237,10 @@ def weights(s, start, M: tl.constexpr, N: tl.constexpr, CHAIN: tl.constexpr, LOG
     else:
         e = exp2(tl.minimum(s, MAX_LOGIT2, propagate_nan=tl.PropagateNan.ALL))
         older, newer = split_pairs(e, M, R)
-        pair = excess_of_both(older, newer)
-        rest = reciprocal(1.0 + pair)
-        # NOTE: of far keys, with small shares, products of u or of 1 - beta are rounded to the same side, and so is rcp.approx: all
-        # of it over 1.2 times the tolerance from 8,192 keys on. So runs are multiplied as excesses, with one reciprocal each.
-        stick, total = scan(rest, start, run_excess(pair, M, R // 2), M, R // 2, NEWER, False, CHAIN)
+        u = 1.0 + older
+        rest = reciprocal(u * newer + u)
+        product = run_product(tl.full([M, 4, 1], 1.0, tl.float32), e, M, R)
+        stick, total = scan(rest, start, product, M, R // 2, NEWER, False, CHAIN)
         after_newer = stick * (rest + rest * older)
         after_older = stick * rest
         return join_pairs(after_older * older, after_newer * newer, M, R), e, rest, total

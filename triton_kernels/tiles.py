@@ -18,6 +18,19 @@ def sequence(cu_seqlens_ptr, b, M, N, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def rows_at(ptr, batch, stride_b, head, stride_h, row, stride_row: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to a row of a batch entry's head. ALIGNED: all rows start on 16 bytes.
+
+    NOTE: Triton knows of strides only whether they are multiples of 16 elements. Where it does not know rows to be aligned it copies
+    them by hand, and from there on gives wgmma wrong descriptors: see UNALIGNED_SM90 in sbkernels/backends/triton_configs.py.
+    """
+    ptr += batch * stride_b + head * stride_h + row * stride_row
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr
+
+
+@triton.jit
 def wide(x):
     """An int32 scalar as int64, by a step the compiler cannot trace.
 

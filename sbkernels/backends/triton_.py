@@ -185,6 +185,7 @@ def _shapes(call: Call, config) -> dict:
         "BLOCK_N": config.BLOCK_N,
         "ATTEND_CURRENT": problem.attend_current,
         "VARLEN": problem.varlen,
+        "ALIGNED": problem.aligned,
         "SKIP": call.skip_below > 0,
         "LOG_SPACE": config.LOG_SPACE,
         "scale_log2": call.scale * math.log2(math.e),
@@ -198,11 +199,15 @@ def _even(problem: Problem, length: int, block: int) -> bool:
 
 
 def _strides(**tensors: torch.Tensor) -> dict:
-    """Strides of canonical tensors by argument name; the row stride's letter tells queries (m) from keys (n)."""
+    """Strides of canonical tensors by argument name; the row stride's letter tells queries (m) from keys (n).
+
+    The stride of a dimension with one entry means nothing: 0 keeps it from being taken for one that leaves rows unaligned.
+    """
     result = {}
     for name, x in tensors.items():
-        row = "n" if name in ("k", "v", "dk", "dv") else "m"
-        result |= {f"{name}_stride_b": x.stride(0), f"{name}_stride_h": x.stride(1), f"{name}_stride_{row}": x.stride(2)}
+        letters = ("b", "h", "n" if name in ("k", "v", "dk", "dv") else "m")
+        strides = (stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True))
+        result |= {f"{name}_stride_{letter}": stride for letter, stride in zip(letters, strides, strict=False)}
     return result
 
 
