@@ -118,37 +118,63 @@ template <int PENDING> SBK_FN void bulk_wait() { asm volatile("cp.async.bulk.wai
 // ... or still have shared memory to read.
 template <int PENDING> SBK_FN void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory"); }
 
-// box(shared, map, c0, ...) for each box of BLOCK keys from `row` on of a head (see MappedKeys): the tile's slabs lie slab_bytes apart.
-template <int BLOCK, int SLABS, typename Box>
+// box(shared, map, c0, ...) for each slab of a whole block of keys from `row` on of a head: the tile's slabs lie slab_bytes apart.
+template <int SLABS, typename Box>
 SBK_FN void each_box(const MappedKeys& x, unsigned tile, int slab_bytes, int batch, int head, int row, Box box) {
-  const int at = batch * x.batch_rows + row, slice = batch * x.batch_slices + head;
-  const bool whole = row < x.whole_rows, one = whole || (row >= x.rows && x.whole_rows > 0);  // all or nothing of it is there
-#pragma unroll 1
-  for (int i = 0; i < (one ? 1 : BLOCK / 2); i++) {
-    const int eight = i / 4;
-    const bool longer = eight < x.longer, by_pair = !one && !longer && eight < x.shorter;
-    if (i % 4 != 0 && !by_pair) continue;
+  const int at = batch * x.batch_rows + row;
 #pragma unroll
-    for (int slab = 0; slab < SLABS; slab++) {
-      const unsigned to = tile + slab * slab_bytes + i * (2 * SLAB_ROW_BYTES);
-      if (by_pair)
-        box(to, &x.pairs, slab * SLAB_COLUMNS, row + i % 4 * (BLOCK / 4) + 2 * eight, head, batch);
-      else
-        box(to, one ? &x.blocks[at % 2] : &x.eights[!longer], slab * SLAB_COLUMNS, 0, one ? (whole ? 0 : 4) : longer ? 0 : x.shorter_quarter,
-            at / 2 + eight, slice);
-    }
-  }
+  for (int slab = 0; slab < SLABS; slab++)
+    box(tile + slab * slab_bytes, &x.blocks[at % 2], slab * SLAB_COLUMNS, 0, 0, at / 2, batch * x.batch_slices + head);
 }
-// Global -> shared; the bytes, zeros beyond the tensor included, count towards the barrier's phase.
-template <int BLOCK, int SLABS>
+// Global -> shared; the bytes count towards the barrier's phase.
+template <int SLABS>
 SBK_FN void load_keys(const MappedKeys& x, unsigned tile, int slab_bytes, int batch, int head, int row, unsigned barrier) {
-  each_box<BLOCK, SLABS>(x, tile, slab_bytes, batch, head, row,
-                         [&](unsigned shared, const TensorMap* map, auto... at) { load_box(shared, map, barrier, at...); });
+  each_box<SLABS>(x, tile, slab_bytes, batch, head, row,
+                  [&](unsigned shared, const TensorMap* map, auto... at) { load_box(shared, map, barrier, at...); });
 }
 // Shared -> global, part of this thread's bulk group.
-template <int BLOCK, int SLABS> SBK_FN void store_keys(const MappedKeys& x, unsigned tile, int slab_bytes, int batch, int head, int row) {
-  each_box<BLOCK, SLABS>(x, tile, slab_bytes, batch, head, row,
-                         [&](unsigned shared, const TensorMap* map, auto... at) { store_box(shared, map, at...); });
+template <int SLABS> SBK_FN void store_keys(const MappedKeys& x, unsigned tile, int slab_bytes, int batch, int head, int row) {
+  each_box<SLABS>(x, tile, slab_bytes, batch, head, row,
+                  [&](unsigned shared, const TensorMap* map, auto... at) { store_box(shared, map, at...); });
+}
+
+// ---- Blocks that no box can take, since rows behind a sequence's last belong to others: by threads, 16 bytes a time ----
+
+// Rows of a matrix: where row 0 is, how far apart they are, how many of what width, and which row a tile begins with.
+template <typename T> struct Rows {
+  T* data;
+  int64 stride;
+  int count, width, first;
+};
+
+// piece(shared, global) for each of THREADS threads' pieces of a tile of ROWS rows, in slabs slab_bytes apart; global: null beyond the rows.
+template <int ROWS, int SLABS, class Order, int THREADS, typename T, typename Piece>
+SBK_FN void each_piece(unsigned tile, int slab_bytes, const Rows<T>& x, int thread, Piece piece) {
+#pragma unroll 1
+  for (int i = thread; i < ROWS * 8 * SLABS; i += THREADS) {
+    const int c = i % 8, r = i / 8 % ROWS, slab = i / 8 / ROWS, row = x.first + Order::offset(r), column = slab * SLAB_COLUMNS + c * 8;
+    const bool there = row < x.count && column < x.width;
+    piece(tile + slab * slab_bytes + r * SLAB_ROW_BYTES + ((c ^ r % 8) << 4), there ? x.data + row * x.stride + column : nullptr);
+  }
+}
+// Global -> shared by a warp, zeros for what is not there; then its first lane arrives at the barrier.
+template <int ROWS, int SLABS, class Order, typename T>
+SBK_FN void load_pieces(unsigned tile, int slab_bytes, const Rows<T>& x, unsigned barrier, int lane) {
+  each_piece<ROWS, SLABS, Order, 32>(tile, slab_bytes, x, lane, [&](unsigned shared, const T* from) {
+    copy_async_16(shared, from == nullptr ? x.data : from, from == nullptr ? 0 : 16);
+  });
+  copy_async_commit();
+  copy_async_wait<0>();
+  fence_async_shared();
+  __syncwarp();
+  barrier_arrive(barrier, lane == 0);
+}
+// Shared -> global by a warpgroup: what is there.
+template <int ROWS, int SLABS, class Order, typename T>
+SBK_FN void store_pieces(unsigned tile, int slab_bytes, const Rows<T>& x, int thread) {
+  each_piece<ROWS, SLABS, Order, 128>(tile, slab_bytes, x, thread, [&](unsigned shared, T* to) {
+    if (to != nullptr) *reinterpret_cast<uint4*>(to) = load_shared_16(shared);
+  });
 }
 
 // Four 8 x 8 matrices of 16-bit elements, held as load_matrices leaves them; lanes 8i to 8i + 7 give the rows of matrix i.

@@ -310,17 +310,20 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
 
   // Find this block's tile, and count its steps.
   const Shape& shape = p.given.shape;
-  const int tiles = ceil_div(shape.keys, C::BLOCK_N), blocks = query_blocks(shape), key_heads = shape.heads / shape.group;
+  const int tiles = ceil_div(shape.keys, C::BLOCK_N), key_heads = shape.heads / shape.group;
   const int ticket = __shfl_sync(ALL_LANES, s.ticket, 0), group = ticket / (p.heads_per_group * tiles);
   const int heads = min(p.heads_per_group, shape.batch * key_heads - group * p.heads_per_group);
   const int in_group = ticket - group * p.heads_per_group * tiles, head = group * p.heads_per_group + in_group % heads;
-  const int tile = in_group / heads, first = first_block(shape, tile), visiting = shape.group * (blocks - first);
-  Work work = {head / key_heads, head % key_heads, head * shape.group, tile, first, 0};
-  const int* oldest = p.block_oldest + work.first_head * blocks + first;
-  for (int i = threadIdx.x; i - (int)threadIdx.x < visiting; i += C::THREADS)
-    work.steps += __syncthreads_count(i < visiting && oldest[i / (blocks - first) * blocks + i % (blocks - first)] <= tile);
+  const int tile = in_group / heads, entry = head / key_heads, key_head = head % key_heads;
+  const Sequence at = sequence_of(shape, entry, key_head);
+  if (tile * C::BLOCK_N >= at.N) return;
+  const int first = first_block(at, tile), blocks = query_blocks(at) - first;  // of a head that may visit
+  Work work = {at, blocks_before(p, at, entry, key_head * shape.group), tile, first, 0};
+  const int* oldest = p.block_oldest + work.blocks + first;
+  for (int i = threadIdx.x; i - (int)threadIdx.x < shape.group * blocks; i += C::THREADS)
+    work.steps += __syncthreads_count(i < shape.group * blocks && oldest[i / blocks * p.head_blocks + i % blocks] <= tile);
   if (threadIdx.x == 0) s.work = work;
-  if (work.steps == 0) return store_zeros(p, s, work);  // as the whole block
+  if (work.steps == 0) return store_zeros<C>(p, work);  // as the whole block
   __syncthreads();
 
   if (warp < 8) {

@@ -6,40 +6,54 @@ namespace sbk {
 namespace hopper_backward {
 
 template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C>& s, int lane) {
-  const Work work = s.work;
+  const Work& work = s.work;  // there are no registers for it
   const Barriers barriers = barriers_of(s, p);
-  auto load_tile = [&](const MappedKeys& x, char* tile, int barrier) {
+  using T = typename C::T;
+  const int group = p.given.shape.group;
+  auto load_tile = [&](const MappedKeys& mapped, const Tensor& x, int width, char* tile, int barrier) {
     const unsigned full = barriers.at(barrier);
-    barrier_arrive_expecting(full, C::K_BYTES);
 #pragma unroll 1
-    for (int half = 0; half < 2; half++)
-      load_keys<C::HALF_N, C::SLABS>(x, shared_address(tile) + half * C::HALF_BYTES, C::K_SLAB_BYTES, work.batch, work.key_head,
-                                     work.tile * C::BLOCK_N + half * C::HALF_N, full);
+    for (int half = 0; half < 2; half++) {
+      const int first = work.tile * C::BLOCK_N + half * C::HALF_N;
+      const unsigned to = shared_address(tile) + half * C::HALF_BYTES;
+      if (first + C::HALF_N > work.at.N) {
+        const Rows<T> rows = {rows_of<T>(x, work.at, 1), x.stride_row, work.at.N, width, first};
+        load_pieces<C::HALF_N, C::SLABS, KeyOrder<C::HALF_N>>(to, C::K_SLAB_BYTES, rows, full, lane);
+      } else if (lane == 0) {
+        barrier_arrive_expecting(full, C::K_BYTES / 2);
+        load_keys<C::SLABS>(mapped, to, C::K_SLAB_BYTES, work.at.batch, work.at.head, (int)work.at.token + first, full);
+      }
+    }
   };
   VisitingBlocks blocks(p, s.work);
   const int diagonal = work.tile * C::BLOCK_N - (p.given.shape.keys - p.given.shape.queries);  // query row at the tile's first key
-  auto load_queries = [&](const TensorMap& x, char (&tiles)[C::STAGES][C::Q_BYTES], int n, Visit visit, int full, int empty) {
-    const int stage = n % C::STAGES;
-    const unsigned barrier = barriers.at(full + stage);
+  auto load_queries = [&](const TensorMap& mapped, const Tensor& x, int width, char (&tiles)[C::STAGES][C::Q_BYTES], int n, Visit visit, int full,
+                          int empty) {
+    const int stage = n % C::STAGES, first = visit.block * C::BLOCK_M;
+    const unsigned barrier = barriers.at(full + stage), to = shared_address(tiles[stage]);
     barriers.wait(empty + stage, n / C::STAGES % 2 ^ 1);
-    if (full == Q_FULL) s.visible[stage] = visit.block * C::BLOCK_M - diagonal + p.given.shape.attend_current;
-    barrier_arrive_expecting(barrier, C::Q_BYTES);
-    for (int i = 0; i < C::SLABS; i++)
-      load_box(shared_address(tiles[stage]) + i * C::Q_SLAB_BYTES, &x, barrier, i * SLAB_COLUMNS, visit.block * C::BLOCK_M,
-               visit.head - work.batch * p.given.shape.heads, work.batch);
+    if (full == Q_FULL && lane == 0) s.visible[stage] = first - diagonal + p.given.shape.attend_current;
+    Sequence at = work.at;
+    at.head = at.head * group + visit.head;
+    if (p.given.shape.cu_seqlens != nullptr && first + C::BLOCK_M > at.M) {  // else the map knows the last row
+      const Rows<T> rows = {rows_of<T>(x, at, 1), x.stride_row, at.M, width, first};
+      load_pieces<C::BLOCK_M, C::SLABS, NaturalOrder>(to, C::Q_SLAB_BYTES, rows, barrier, lane);
+    } else if (lane == 0) {
+      barrier_arrive_expecting(barrier, C::Q_BYTES);
+      for (int i = 0; i < C::SLABS; i++)
+        load_box(to + i * C::Q_SLAB_BYTES, &mapped, barrier, i * SLAB_COLUMNS, (int)at.token + first, at.head, at.batch);
+    }
   };
+  const BackwardArguments& given = p.given;
+  const int D = given.shape.head_dim, Dv = given.shape.value_dim;
   Visit visit = blocks.next(lane);
-  if (lane == 0) {
-    load_tile(p.k, s.k, K_FULL);
-    load_queries(p.q, s.q, 0, visit, Q_FULL, Q_EMPTY);
-    load_tile(p.v, s.v, V_FULL);
-  }
+  load_tile(p.k, given.k, D, s.k, K_FULL);
+  load_queries(p.q, given.q, D, s.q, 0, visit, Q_FULL, Q_EMPTY);
+  load_tile(p.v, given.v, Dv, s.v, V_FULL);
   for (int n = 0; n < work.steps; n++) {  // a step ahead with q
     const Visit after = n + 1 < work.steps ? blocks.next(lane) : visit;
-    if (lane == 0) {
-      load_queries(p.dout, s.dout, n, visit, DOUT_FULL, DOUT_EMPTY);
-      if (n + 1 < work.steps) load_queries(p.q, s.q, n + 1, after, Q_FULL, Q_EMPTY);
-    }
+    load_queries(p.dout, given.dout, Dv, s.dout, n, visit, DOUT_FULL, DOUT_EMPTY);
+    if (n + 1 < work.steps) load_queries(p.q, given.q, D, s.q, n + 1, after, Q_FULL, Q_EMPTY);
     visit = after;
   }
 }
@@ -54,8 +68,7 @@ template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<
   const Work work = s.work;
   const Barriers barriers = barriers_of(s, p);
   VisitingBlocks blocks(p, s.work);
-  const bool last_tile = work.tile == newest_tile(p.given.shape, blocks.per_head);
-  const int newest_end = last_tile ? blocks.per_head : first_block(p.given.shape, work.tile + 1);
+  const int all = query_blocks(work.at), newest_end = work.tile == newest_tile(work.at, all) ? all : first_block(work.at, work.tile + 1);
   for (int n = 0; n < work.steps; n++) {
     const int slot = n % C::SLOTS;
     const Visit visit = blocks.next(lane);

@@ -37,27 +37,34 @@ SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, int half, co
   stage_sums<C>(dk_tile, C::Q_SLAB_BYTES, stored, dk, p.given.shape.scale);
   fence_async_shared();
   named_sync(OLDER_HALF + half, 128);
-  if (threadIdx.x % 128 == 0) {
-    const int row = s.work.tile * C::BLOCK_N + half * C::HALF_N;
+  const Sequence at = s.work.at;
+  const int first = s.work.tile * C::BLOCK_N + half * C::HALF_N;
 #pragma unroll 1
-    for (int i = 0; i < 2; i++)  // dv, dk
-      store_keys<C::HALF_N, C::SLABS>(i ? p.dk : p.dv, i ? dk_tile : dv_tile, i ? C::Q_SLAB_BYTES : C::K_SLAB_BYTES, s.work.batch,
-                                      s.work.key_head, row);
-    bulk_commit();
-    bulk_wait<0>();
+  for (int i = 0; i < 2; i++) {  // dv, dk
+    const unsigned from = i ? dk_tile : dv_tile;
+    const int slab_bytes = i ? C::Q_SLAB_BYTES : C::K_SLAB_BYTES;
+    if (first + C::HALF_N > at.N) {
+      using T = typename C::T;
+      const Tensor& x = i ? p.given.dk : p.given.dv;
+      const Rows<T> rows = {rows_of<T>(x, at, 1), x.stride_row, at.N, i ? p.given.shape.head_dim : p.given.shape.value_dim, first};
+      store_pieces<C::HALF_N, C::SLABS, KeyOrder<C::HALF_N>>(from, slab_bytes, rows, threadIdx.x % 128);
+    } else if (threadIdx.x % 128 == 0) {
+      store_keys<C::SLABS>(i ? p.dk : p.dv, from, slab_bytes, at.batch, at.head, (int)at.token + first);
+    }
   }
+  bulk_commit();
+  bulk_wait<0>();
 }
 
-// dk and dv of a tile that nobody visits, by the whole block, through a stage of q.
-template <class C> SBK_FN void store_zeros(const HopperBackwardParams& p, Shared<C>& s, const Work& work) {
-  for (int i = threadIdx.x; i < C::Q_BYTES / 16; i += C::THREADS) reinterpret_cast<uint4*>(s.q[0])[i] = make_uint4(0, 0, 0, 0);
-  fence_async_shared();
-  __syncthreads();
-  if (threadIdx.x < 4) {
-    store_keys<C::HALF_N, C::SLABS>(threadIdx.x % 2 ? p.dk : p.dv, shared_address(s.q[0]), C::Q_SLAB_BYTES, work.batch, work.key_head,
-                                    work.tile * C::BLOCK_N + threadIdx.x / 2 * C::HALF_N);
-    bulk_commit();
-    bulk_wait<0>();
+// dk and dv of a tile that nobody visits, by the whole block.
+template <class C> SBK_FN void store_zeros(const HopperBackwardParams& p, const Work& work) {
+  const int first = work.tile * C::BLOCK_N, rows = min(C::BLOCK_N, work.at.N - first);
+  for (int i = 0; i < 2; i++) {
+    const Tensor& x = i ? p.given.dk : p.given.dv;
+    const int pieces = (i ? p.given.shape.head_dim : p.given.shape.value_dim) / 8;
+    typename C::T* to = rows_of<typename C::T>(x, work.at, 1) + first * x.stride_row;
+    for (int at = threadIdx.x; at < rows * pieces; at += C::THREADS)
+      *reinterpret_cast<uint4*>(to + at / pieces * x.stride_row + at % pieces * 8) = make_uint4(0, 0, 0, 0);
   }
 }
 

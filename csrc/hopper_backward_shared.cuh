@@ -38,12 +38,13 @@ SBK_FN int arrivals_of(int barrier) {
   const bool by_both_halves = (barrier >= Q_EMPTY && barrier < DOUT_FULL) || (barrier >= DOUT_EMPTY && barrier < DZ_FULL) ||
                               (barrier >= DZ_FULL && barrier < DQ_FULL) || (barrier >= STATE_EMPTY && barrier < EXCESS_FULL);
   const bool by_one_half = (barrier >= DQ_FULL && barrier < DQ_EMPTY) || (barrier >= EXCESS_FULL && barrier < NEXT_EMPTY);
-  return by_both_halves ? 8 : by_one_half ? 4 : 1;  // warps
+  return by_both_halves ? 8 : by_one_half ? 4 : barrier <= V_FULL ? 2 : 1;  // warps; of a tile, its halves
 }
 enum NamedBarrier { ALL_THREADS, OLDER_HALF, NEWER_HALF, BOTH_HALVES };
 
 struct Work {
-  int batch, key_head, first_head;  // key_head: of the batch entry's; first_head: of all query heads, the first of the key head
+  Sequence at;  // its head: the key head
+  int blocks;   // number of block 0 of the key head's first query head
   int tile, first_block, steps;
 };
 
@@ -101,7 +102,7 @@ template <class C> SBK_FN Barriers barriers_of(Shared<C>& s, const HopperBackwar
 }
 
 struct Visit {
-  int head, block;  // of all query heads; of the head's query blocks
+  int head, block;  // of the key head's query heads; of the head's query blocks
 };
 // Walks over the query blocks that visit the tile by a whole warp, 32 at a time: from the newest block to the diagonal, and for each
 // block over the query heads of the key head.
@@ -110,17 +111,16 @@ struct Visit {
 struct VisitingBlocks {
   const HopperBackwardParams& p;
   const Work& work;  // in shared memory: there are no registers for it
-  const int per_head;
   int seen = 0;  // blocks looked at, of all the group's heads
   Visit mine;    // the latest of them that is this lane's
   unsigned mask = 0;
 
-  SBK_FN VisitingBlocks(const HopperBackwardParams& p, const Work& work) : p(p), work(work), per_head(query_blocks(p.given.shape)) {}
+  SBK_FN VisitingBlocks(const HopperBackwardParams& p, const Work& work) : p(p), work(work) {}
   // The next one. There must be one.
   SBK_FN Visit next(int lane) {
     while (mask == 0) {
       const int group = p.given.shape.group;
-      mine = {work.first_head + (seen + lane) % group, per_head - 1 - (seen + lane) / group};
+      mine = {(seen + lane) % group, query_blocks(work.at) - 1 - (seen + lane) / group};
       mask = __ballot_sync(ALL_LANES, mine.block >= work.first_block && p.block_oldest[index(mine)] <= work.tile);
       seen += 32;
     }
@@ -129,7 +129,7 @@ struct VisitingBlocks {
     return {__shfl_sync(ALL_LANES, mine.head, source), __shfl_sync(ALL_LANES, mine.block, source)};
   }
   // Where a block is in `block_oldest` and the like.
-  SBK_FN int index(Visit x) const { return x.head * per_head + x.block; }
+  SBK_FN int index(Visit x) const { return work.blocks + x.head * p.head_blocks + x.block; }
 };
 
 // ---- A consumer's thread ----

@@ -62,53 +62,68 @@ template <class C> SBK_FN Work work_of(const HopperForwardParams& p, int index) 
   const int group = index / (p.head_group * m_blocks), in_group = min(p.head_group, heads - group * p.head_group);
   const int within = index - group * p.head_group * m_blocks, head = group * p.head_group + within % in_group;
   Work work;
-  work.at = {shape.queries, shape.keys, head / shape.heads, head % shape.heads, 0};
+  work.at = sequence_of(shape, head / shape.heads, head % shape.heads);
   work.m_begin = (m_blocks - 1 - within / in_group) * C::BLOCK_M;
   work.first_end = first_invisible(shape, work.at, work.m_begin);
-  work.tiles_seen = ceil_div(min(work.first_end + C::BLOCK_M - 1, shape.keys), C::BLOCK_N);
+  work.tiles_seen = ceil_div(min(work.first_end + C::BLOCK_M - 1, work.at.N), C::BLOCK_N);
   return work;
 }
 
-template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperForwardShared<C>& shared, int works) {
+// By a warp.
+template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperForwardShared<C>& shared, int works, int lane) {
+  using T = typename C::T;
   const Shape& shape = p.forward.shape;
   Ring<C::STAGES> keys, values;
-  auto load_tile = [&](unsigned char* tile, const MappedKeys& x, const Sequence& at, Barrier& full, int n_tile) {
+  auto load_tile = [&](unsigned char* tile, const MappedKeys& mapped, const Tensor& x, int width, const Sequence& at, Barrier& full, int n_tile) {
+    const int first = n_tile * C::BLOCK_N;
     const unsigned barrier = shared_address(&full);
-    barrier_arrive_expecting(barrier, C::KEY_BYTES);
-    load_keys<C::BLOCK_N, C::SLABS>(x, shared_address(tile), C::KEY_SLAB, at.batch, at.head / shape.group, n_tile * C::BLOCK_N, barrier);
+    if (first + C::BLOCK_N > at.N) {
+      const Rows<T> rows = {rows_of<T>(x, at, shape.group), x.stride_row, at.N, width, first};
+      load_pieces<C::BLOCK_N, C::SLABS, KeyOrder<C::BLOCK_N>>(shared_address(tile), C::KEY_SLAB, rows, barrier, lane);
+    } else if (lane == 0) {
+      barrier_arrive_expecting(barrier, C::KEY_BYTES);
+      load_keys<C::SLABS>(mapped, shared_address(tile), C::KEY_SLAB, at.batch, at.head / shape.group, (int)at.token + first, barrier);
+    }
   };
   for (int q_parity = 1;; q_parity ^= 1) {
-    // Take the next query block; the consumers have read the last one's number with its last products of q.
+    // Take the next query block that is there; the consumers have read the last one's number with its last products of q.
     barrier_wait(shared_address(&shared.q_empty), q_parity, WAIT_LIMIT);
-    const int w = atomicAdd(p.forward.ticket, 1);
+    int w;
+    Work work;
+    do {
+      w = __shfl_sync(ALL_LANES, lane == 0 ? atomicAdd(p.forward.ticket, 1) : 0, 0);
+      work = work_of<C>(p, min(w, works - 1));
+    } while (w < works && work.m_begin >= work.at.M);
     const unsigned q_full = shared_address(&shared.q_full);
-    shared.work = w;
+    if (lane == 0) shared.work = w;
     if (w >= works) {
-      barrier_arrive(q_full);
+      barrier_arrive(q_full, lane == 0);
       break;
     }
-    const Work work = work_of<C>(p, w);
     const Sequence& at = work.at;
-    barrier_arrive_expecting(q_full, C::Q_BYTES);
+    if (lane == 0) {
+      barrier_arrive_expecting(q_full, C::Q_BYTES);
 #pragma unroll
-    for (int slab = 0; slab < C::SLABS; slab++)
-      load_box(shared_address(shared.q) + slab * C::Q_SLAB, &p.q, q_full, slab * SLAB_COLUMNS, work.m_begin, at.head, at.batch);
+      for (int slab = 0; slab < C::SLABS; slab++)
+        load_box(shared_address(shared.q) + slab * C::Q_SLAB, &p.q, q_full, slab * SLAB_COLUMNS, (int)at.token + work.m_begin, at.head, at.batch);
+    }
 
     for (int tile = work.tiles_seen - 1; tile >= 0; tile--) {
       barrier_wait(shared_address(&shared.k_empty[keys.stage]), keys.parity ^ 1, WAIT_LIMIT);
       bool stop = shape.skip_below > 0.f && tile < work.tiles_seen - 1;
 #pragma unroll
       for (int i = 0; i < 4 * C::CONSUMERS; i++) stop = stop && *(volatile int*)&shared.used_up[i] == w + 1;
-      shared.stop[keys.stage] = stop;
+      stop = __shfl_sync(ALL_LANES, stop, 0);
+      if (lane == 0) shared.stop[keys.stage] = stop;
       if (stop) {
-        barrier_arrive(shared_address(&shared.k_full[keys.stage]));
+        barrier_arrive(shared_address(&shared.k_full[keys.stage]), lane == 0);
         keys.advance();
         break;
       }
-      load_tile(shared.k[keys.stage], p.k, at, shared.k_full[keys.stage], tile);
+      load_tile(shared.k[keys.stage], p.k, p.forward.k, shape.head_dim, at, shared.k_full[keys.stage], tile);
       keys.advance();
       barrier_wait(shared_address(&shared.v_empty[values.stage]), values.parity ^ 1, WAIT_LIMIT);
-      load_tile(shared.v[values.stage], p.v, at, shared.v_full[values.stage], tile);
+      load_tile(shared.v[values.stage], p.v, p.forward.v, shape.value_dim, at, shared.v_full[values.stage], tile);
       values.advance();
     }
   }
@@ -140,7 +155,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
     unsigned weights[1][C::NT / 2][4];
     ForwardRow rows[1][2];
 #pragma unroll
-    for (int h = 0; h < 2; h++) rows[0][h] = {work.m_begin + my_row + h * 8 < shape.queries ? Run::WHOLE : Run::NONE, Run::WHOLE, work.tiles_seen};
+    for (int h = 0; h < 2; h++) rows[0][h] = {work.m_begin + my_row + h * 8 < work.at.M ? Run::WHOLE : Run::NONE, Run::WHOLE, work.tiles_seen};
 
     auto start_logits = [&] {
       const uint64 k_tile = operand(shared_address(shared.k[keys.stage]), 16);
@@ -172,8 +187,13 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
         absorb<false>(runs, s_rows, scale_log2, 0);
       weigh<C>(s_rows, runs, rows, tile, q);
       if (shape.skip_below > 0.f) {
-        const bool alive = Run::stick(rows[0][0].carry) >= shape.skip_below || Run::stick(rows[0][1].carry) >= shape.skip_below;
-        if (!__any_sync(ALL_LANES, alive) && lane == 0) *(volatile int*)&shared.used_up[consumer * 4 + warp] = w + 1;
+        // NOTE: a warp whose rows have all used up their sticks takes what is left of them away: tiles that still come until the loader
+        // knows would else change results, and how many do is a matter of time.
+        const bool used_up = Run::stick(rows[0][0].carry) < shape.skip_below && Run::stick(rows[0][1].carry) < shape.skip_below;  // not NaN
+        if (__all_sync(ALL_LANES, used_up)) {
+          rows[0][0].carry = rows[0][1].carry = Run::NONE;
+          if (lane == 0) *(volatile int*)&shared.used_up[consumer * 4 + warp] = w + 1;
+        }
       }
     };
 
@@ -231,7 +251,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
     values.advance();
 
     // Store.
-    const int rows_left = shape.queries - work.m_begin;
+    const int rows_left = work.at.M - work.m_begin;
     const Tensor& target = p.forward.out;
     store_rows(rows_of<T>(target, work.at, 1) + work.m_begin * target.stride_row, target.stride_row,
                reinterpret_cast<float(&)[1][C::BLOCK_D / 8][4]>(out), shape.value_dim, 1, lane,
@@ -275,7 +295,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
 
   if (role == C::CONSUMERS) {
     registers_decrease<C::LOADER_REGISTERS>();
-    if (threadIdx.x == C::CONSUMERS * 128) load_tiles(p, shared, works);
+    if (threadIdx.x < C::CONSUMERS * 128 + 32) load_tiles(p, shared, works, threadIdx.x % 32);
   } else {
     registers_increase<C::CONSUMER_REGISTERS>();
     attend(p, shared, works, role);

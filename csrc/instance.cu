@@ -51,10 +51,11 @@ template <class C> Clear prepare_hopper_forward(const void* packed, void* params
   auto& made = *static_cast<HopperForwardParams*>(params);
   const auto& p = made.forward = *static_cast<const ForwardParams*>(packed);
   const Shape& shape = p.shape;
-  const int kv_heads = shape.heads / shape.group;
-  made.q = map_rows("q", p.q, IS_HALF, shape.batch, shape.heads, shape.queries, shape.head_dim, C::BLOCK_M);
-  made.k = map_keys("k", p.k, IS_HALF, shape.batch, kv_heads, shape.keys, shape.head_dim, C::BLOCK_N);
-  made.v = map_keys("v", p.v, IS_HALF, shape.batch, kv_heads, shape.keys, shape.value_dim, C::BLOCK_N);
+  const bool packed_rows = shape.cu_seqlens != nullptr;
+  const int B = packed_rows ? 1 : shape.batch, Hk = shape.heads / shape.group, N = packed_rows ? shape.stat_rows : shape.keys;
+  made.q = map_rows("q", p.q, IS_HALF, B, shape.heads, packed_rows ? N : shape.queries, shape.head_dim, C::BLOCK_M);
+  made.k = map_keys("k", p.k, IS_HALF, B, Hk, N, shape.head_dim, C::BLOCK_N, packed_rows);
+  made.v = map_keys("v", p.v, IS_HALF, B, Hk, N, shape.value_dim, C::BLOCK_N, packed_rows);
   made.head_group = heads_side_by_side(shape);
   return {p.ticket, sizeof(int)};
 }
@@ -70,18 +71,20 @@ template <int BLOCK_D, bool MAPS> Clear prepare_hopper_backward(const void* pack
   auto& made = *static_cast<HopperBackwardParams*>(params);
   const auto& p = *static_cast<const HopperBackwardArguments*>(packed);
   const Shape& shape = p.shape;
-  const int B = shape.batch, H = shape.heads, Hk = H / shape.group, M = shape.queries, N = shape.keys, D = shape.head_dim, Dv = shape.value_dim;
+  const bool packed_rows = shape.cu_seqlens != nullptr;
+  const int H = shape.heads, Hk = H / shape.group, D = shape.head_dim, Dv = shape.value_dim;
   if (MAPS) {
+    const int B = packed_rows ? 1 : shape.batch, M = packed_rows ? shape.stat_rows : shape.queries, N = packed_rows ? M : shape.keys;
     made.q = map_rows("q", p.q, IS_HALF, B, H, M, D, HOPPER_BLOCK_M);
     made.dout = map_rows("dout", p.dout, IS_HALF, B, H, M, Dv, HOPPER_BLOCK_M);
-    made.k = map_keys("k", p.k, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2);
-    made.v = map_keys("v", p.v, IS_HALF, B, Hk, N, Dv, HOPPER_BLOCK_N / 2);
-    made.dk = map_keys("dk", p.dk, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2);
-    made.dv = map_keys("dv", p.dv, IS_HALF, B, Hk, N, Dv, HOPPER_BLOCK_N / 2);
+    made.k = map_keys("k", p.k, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2, packed_rows);
+    made.v = map_keys("v", p.v, IS_HALF, B, Hk, N, Dv, HOPPER_BLOCK_N / 2, packed_rows);
+    made.dk = map_keys("dk", p.dk, IS_HALF, B, Hk, N, D, HOPPER_BLOCK_N / 2, packed_rows);
+    made.dv = map_keys("dv", p.dv, IS_HALF, B, Hk, N, Dv, HOPPER_BLOCK_N / 2, packed_rows);
   }
   made.given = p;
-  const int64 blocks = (M + HOPPER_BLOCK_M - 1) / HOPPER_BLOCK_M;
-  const HopperBackwardScratch at = hopper_backward_scratch(B * H * blocks, BLOCK_D);
+  made.head_blocks = packed_rows ? shape.stat_rows / HOPPER_BLOCK_M + shape.batch : (shape.queries + HOPPER_BLOCK_M - 1) / HOPPER_BLOCK_M;
+  const HopperBackwardScratch at = hopper_backward_scratch(int64(packed_rows ? 1 : shape.batch) * H * made.head_blocks, BLOCK_D);
   char* scratch = static_cast<char*>(p.scratch);
   made.dq_sum = reinterpret_cast<float*>(scratch + at.dq_sum);
   made.state = reinterpret_cast<float*>(scratch + at.state);

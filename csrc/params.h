@@ -65,17 +65,11 @@ struct BackwardParams : BackwardArguments {
 struct alignas(128) TensorMap {
   unsigned char opaque[128];
 };
-// Keys of a tensor in the key order of tile.cuh, in blocks of 4 quarters: a box each before row `whole_rows`. The block with the last
-// rows goes by boxes of 8, a pair of rows of each quarter: the first `longer` of them by eights[0], which has one quarter more than
-// eights[1], those from `shorter` on by that; in between, and where nothing else can say it, 4 pairs, which end with each head's rows.
+// Keys of a tensor in the key order of tile.cuh, a box for each whole block of 4 quarters: [width, 2, 4, rows / 2, slices], from row 0
+// and from row 1 on, for blocks that start on an even and an odd row. Blocks that are not whole do without (hopper.cuh).
 struct MappedKeys {
-  TensorMap blocks[2];  // [width, 2, 4, rows / 2, slices], from row 0 and from row 1 on: for blocks that start on an even and an odd row
-  TensorMap eights[2];  // [width, 2, quarters, rows / 2, slices]
-  TensorMap pairs;      // as of rows
-  int whole_rows, rows;
-  int longer, shorter;
-  int shorter_quarter;           // the quarter its boxes start with: beyond the last where there are none
-  int batch_rows, batch_slices;  // what a batch entry is further on in blocks and eights; a head is a slice
+  TensorMap blocks[2];
+  int batch_rows, batch_slices;  // what a batch entry is further on; a head is a slice
 };
 
 struct HopperForwardParams {
@@ -103,7 +97,8 @@ constexpr HopperBackwardScratch hopper_backward_scratch(int64 blocks, int head_d
 }
 #endif
 
-// Of each head there are ceil(M / 64) blocks of 64 query rows, rows beyond the last included: those have no stick in any tile.
+// Of each head there are ceil(M / 64) blocks of 64 query rows, rows beyond the last included: those have no stick in any tile. Of packed
+// sequences each has blocks of its own: at most tokens / 64 and one a sequence.
 struct HopperBackwardParams {
   TensorMap q, dout;
   MappedKeys k, v, dk, dv;  // see hopper_backward.cuh
@@ -115,6 +110,7 @@ struct HopperBackwardParams {
   int* state_turn;    // [blocks]: the tile whose turn it is to take the block's state ...
   int* dq_turn;       // [blocks]: ... and to add to its dq_sum
   int* ticket;
+  int head_blocks;      // of a head, of all its packed sequences
   int heads_per_group;  // key heads whose tiles are taken in turns
   float scale_log2;     // scale * log2(e)
 };

@@ -53,37 +53,23 @@ TensorMap map_rows(const char* name, const Tensor& x, bool is_half, int batch, i
 }
 
 // NOTE: a map has 5 dimensions, and the key order takes 4. Batch entries and heads share the fifth, or batch entries follow each
-// other along the rows; where neither holds, all keys go by pairs.
-MappedKeys map_keys(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block) {
+// other along the rows; where neither holds there are no whole blocks, or there would be a copy (sbkernels/backends/hopper.py).
+MappedKeys map_keys(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block, bool packed) {
   MappedKeys made;
+  if (rows < block) return made;
   const bool in_slices = batch == 1 || heads == 1 || x.stride_b == heads * x.stride_h;
-  const bool in_rows = !in_slices && x.stride_b == rows * x.stride_row;
-  made.rows = rows;
-  made.whole_rows = in_slices || in_rows ? rows / block * block : 0;
-  made.batch_rows = in_rows ? rows : 0;
-  made.batch_slices = in_rows ? 0 : heads;
-  const int slices = in_rows ? heads : batch * heads, all_rows = in_rows ? batch * rows : rows;
+  if (!in_slices && x.stride_b != rows * x.stride_row)
+    throw std::invalid_argument(std::string(name) + ": strides of batch entries and heads that one dimension cannot say");
+  made.batch_rows = in_slices ? 0 : rows;
+  made.batch_slices = in_slices ? heads : 0;
+  const int slices = in_slices ? batch * heads : heads, all_rows = in_slices ? rows : batch * rows;
   const int64 slice = heads > 1 ? x.stride_h : stride(x.stride_b, batch);
-  const int parities = made.whole_rows == 0 ? 0 : 1 + made.batch_rows % 2;
-  const auto encode_from = [&](TensorMap& map, int first, int quarters, int pairs) {
+  for (int first = 0; first < (packed || made.batch_rows % 2 ? 2 : 1); first++) {
     Tensor from = x;
     from.data = static_cast<char*>(x.data) + first * x.stride_row * BYTES;
-    encode<5>(map, name, from, is_half, {cuuint64_t(width), 2, cuuint64_t(quarters), cuuint64_t((all_rows - first) / 2), cuuint64_t(slices)},
-              {x.stride_row, block / 4 * x.stride_row, 2 * x.stride_row, slice}, {MAP_COLUMNS, 2, 4, cuuint32_t(pairs), 1});
-  };
-  for (int first = 0; first < parities; first++) encode_from(made.blocks[first], first, 4, block / 8);
-
-  // The last block: whole quarters, and rows of the one behind them.
-  const int quarters = rows % block / (block / 4), rest = rows % (block / 4);
-  const bool by_eights = parities == 1 && rows % block != 0;
-  made.longer = by_eights ? rest / 2 : 0;
-  made.shorter = by_eights ? (rest + 1) / 2 : block / 8;
-  made.shorter_quarter = quarters > 0 ? 0 : 1;
-  if (by_eights) {
-    encode_from(made.eights[0], 0, quarters + 1, 1);
-    encode_from(made.eights[1], 0, quarters > 0 ? quarters : 1, 1);
+    encode<5>(made.blocks[first], name, from, is_half, {cuuint64_t(width), 2, 4, cuuint64_t((all_rows - first) / 2), cuuint64_t(slices)},
+              {x.stride_row, block / 4 * x.stride_row, 2 * x.stride_row, slice}, {MAP_COLUMNS, 2, 4, cuuint32_t(block / 8), 1});
   }
-  if (made.whole_rows < rows) made.pairs = map_rows(name, x, is_half, batch, heads, rows, width, 2);
   return made;
 }
 

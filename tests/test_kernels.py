@@ -96,7 +96,7 @@ def test_few_blocks_are_small(on, queries, block_m):
         ({"queries": 128}, None),
         ({"queries": 130, "keys": 130}, None),
         ({"queries": 1, "keys": 127}, "128 keys or more"),
-        ({"varlen": True}, "one length"),
+        ({"varlen": True}, None),
         ({"aligned": False}, "16 bytes"),
     ],
 )
@@ -128,6 +128,22 @@ def test_explain_says_which_kernels(on, monkeypatch, capsys, capability, head_di
     assert explain.explain(options) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count(says) == 2 and ("portable" in printed) == ("Hopper's" not in says)
+
+
+def test_packed_sequences_have_blocks_of_their_own(on, monkeypatch):
+    """One launch of each kernel, whatever the workspace; scratch for as many blocks as sequences of any lengths may have."""
+    on((9, 0))
+    monkeypatch.setattr(hopper, "error_flag", lambda _: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setenv("SBKERNELS_WORKSPACE", "1")
+    cuts, asked = torch.tensor([0, 300, 300, 700, 701], dtype=torch.int32), []
+    q, statistic = torch.zeros(1, 2, 701, 64, dtype=torch.float16), torch.zeros(1, 2, 701)
+    p = problem(batch=4, heads=2, kv_heads=2, queries=400, keys=400, varlen=True, dtype="float16", tokens=701, device="cpu")
+    call = base.Call(p, q, q, q, 0.125, 0.0, cuts)
+    arguments = (statistic, statistic, statistic, q, statistic, q, q, q)
+    found = list(hopper.plan_backward(call, lambda blocks: asked.append(blocks) or 4 * blocks, *arguments))
+    assert [launch.kernel for launch in found] == ["hopper_backward_begin", "hopper_backward", "hopper_backward_end"]
+    assert [launch.grid for launch in found] == [4 * 2 * 7 // 8, 4 * 2 * 4, 4 * 2 * 7]
+    assert asked == [2 * (701 // 64 + 4)] and asked[0] >= 2 * sum(-(-n // 64) for n in (300, 0, 400, 1))
 
 
 @pytest.mark.parametrize(("layout", "as_is"), [(layout, layout != "broadcast") for layout in inputs.LAYOUTS])

@@ -18,7 +18,7 @@ from .launches import CudaForward, Launch, ceil_div
 CAPABILITY = (9, 0)
 BLOCK_M, BLOCK_N = 64, 128  # of the backward
 MAX_WIDTH = 128
-# Fewer take the portable kernels less time: a tile that is not whole takes 16 copies instead of 1 (csrc/hopper.cuh, each_box).
+# Fewer, of the longest sequence, take the portable kernels less time: a warp copies tiles that are not whole (csrc/hopper.cuh).
 MIN_KEYS = 128
 
 
@@ -27,8 +27,6 @@ def not_covered(problem: Problem) -> str | None:
     capability = torch.cuda.get_device_capability(problem.device)
     if capability != CAPABILITY:
         return f"needs compute capability 9.0, {problem.device} has {'.'.join(map(str, capability))}"
-    if problem.varlen:
-        return "takes sequences of one length"
     if max(problem.head_dim, problem.value_dim) > MAX_WIDTH:
         return f"takes head dims up to {MAX_WIDTH}, not {problem.head_dim} and {problem.value_dim}"
     if problem.keys < MIN_KEYS:
@@ -80,11 +78,15 @@ def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_til
     """
     problem, error = call.problem, error_flag(call.q.device)
     blocks = problem.heads * ceil_div(problem.queries, BLOCK_M)  # of a batch entry
-    entries = min(problem.batch, max(1, env.workspace() // scratch_bytes(blocks)))
-    scratch = allocate((ceil_div(scratch_bytes(entries * blocks), 4),), remainder, torch.int32)
+    if problem.varlen:  # one entry; each sequence has blocks of its own
+        entries, scratch_blocks = problem.batch, problem.heads * (problem.tokens // BLOCK_M + problem.batch)
+    else:
+        entries = min(problem.batch, max(1, env.workspace() // scratch_bytes(blocks)))
+        scratch_blocks = entries * blocks
+    scratch = allocate((ceil_div(scratch_bytes(scratch_blocks), 4),), remainder, torch.int32)
     tensors = (*(mappable(x) for x in (call.q, call.k, call.v, dout)), dq, dk, dv)
     for first in range(0, problem.batch, entries):
-        here = slice(first, first + entries)
+        here = slice(None) if problem.varlen else slice(first, first + entries)
         part = call._replace(problem=dataclasses.replace(problem, batch=min(entries, problem.batch - first)))
         packed = launches.HOPPER_BACKWARD_ARGUMENTS.pack(
             *(value for x in tensors for value in launches.pack_tensor(x[here])),
