@@ -23,17 +23,49 @@ problem 2: Case(M=3, N=70)
 all problems ran
 ========= ERROR SUMMARY: 2 errors
 """
-RACECHECK = """\
+RACES = {  # as racecheck words them
+    "backward": """\
+========= Error: Race reported between Write access at void sbk::store_shared<(int)135168>(unsigned int, float)+0x8d10 in instructions.cuh:84
+=========     and Read access at float sbk::load_shared<(int)135168>(unsigned int)+0x9260 in instructions.cuh:91 [1456 hazards]
+=========
+""",
+    "state": """\
+========= Error: Race reported between Write access at void sbk::hopper_backward::take_state<sbk::HopperBackwardConfig<sbk::bfloat, (int)64>>(const sbk::HopperBackwardParams &, int)+0x3f70 in hopper_backward_producers.cuh:70
+=========     and Read access at float sbk::load_shared<(int)131136>(unsigned int)+0x8f30 in instructions.cuh:91 [512 hazards]
+=========
+""",
+    "forward": """\
+========= Error: Race reported between Read access at void sbk::attend<sbk::HopperForwardConfig<sbk::bfloat, (int)64, (int)2, (int)2>>(const sbk::HopperForwardParams &, int)+0x500 in hopper_forward.cuh:135
+=========     and Write access at void sbk::load_tiles<sbk::HopperForwardConfig<sbk::bfloat, (int)64, (int)2, (int)2>>(const sbk::HopperForwardParams &, int)+0xe540 in hopper_forward.cuh:85 [16 hazards]
+=========
+""",
+    "portable": """\
+========= Error: Race reported between Write access at sbk::copy_async_16(unsigned int, const void *, int)+0x10 in instructions.cuh:61
+=========     and Read access at float sbk::load_shared<(int)0>(unsigned int)+0x20 in instructions.cuh:91 [4 hazards]
+=========
+""",
+}  # fmt: skip
+RACECHECK = f"""\
 ========= COMPUTE-SANITIZER
 problem 17: Case(M=256, N=256, H=4, D=128, Dv=128)
-========= Error: Race reported between Write access at hopper_backward_kernel<C>(P)+0x1c40 in hopper_backward.cuh:120
-=========     and Read access at hopper_backward_kernel<C>(P)+0x2c40 in hopper_backward.cuh:220 [384 hazards]
+{"".join(RACES.values())}all problems ran
+========= RACECHECK SUMMARY: 4 hazards displayed (4 errors, 0 warnings)
+"""
+INITCHECK = """\
+========= COMPUTE-SANITIZER
+problem 5: Case(M=129, N=129, skip=True)
+========= Uninitialized __global__ memory read of size 16 bytes
+=========     at void sbk::hopper_backward_end_kernel<sbk::bfloat, (int)64>(sbk::HopperBackwardParams)+0x110 in hopper_backward_dq.cuh:60
+=========     by thread (66,0,0) in block (2,0,0)
+=========     Address 0x7f1430849620
 =========
-========= Error: Race reported between Write access at forward_kernel<C>(P)+0x10 in forward.cuh:20
-=========     and Read access at forward_kernel<C>(P)+0x20 in forward.cuh:22 [4 hazards]
+========= Uninitialized __global__ memory read of size 16 bytes
+=========     at sbk::copy_async_16(unsigned int, const void *, int)+0x38e0 in instructions.cuh:61
+=========     by thread (48,0,0) in block (10,0,0)
+=========     Address 0x7f1c1a966500
 =========
 all problems ran
-========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)
+========= ERROR SUMMARY: 2 errors
 """
 CLEAN = "========= COMPUTE-SANITIZER\nall problems ran\n========= ERROR SUMMARY: 0 errors\n"
 
@@ -46,7 +78,7 @@ def test_parse():
         "Program hit cudaErrorLaunc",
     ]
     assert report.findings[0].during == "problem 2: Case(M=3, N=70)" and "planted.cu:9" in report.findings[0].text
-    assert sanitize.parse(RACECHECK).errors == len(sanitize.parse(RACECHECK).findings) == 2
+    assert sanitize.parse(RACECHECK).errors == len(sanitize.parse(RACECHECK).findings) == len(RACES)
     assert sanitize.parse(CLEAN).findings == [] and sanitize.parse(CLEAN).trouble == ""
     assert "no summary" in sanitize.parse("========= COMPUTE-SANITIZER\n========= Error: no device\n").trouble
     unprinted = CLEAN.replace("0 errors", "7 errors") + "========= ERROR SUMMARY: 5 errors were not printed. Use --print-limit\n"
@@ -66,8 +98,9 @@ def fake(tmp_path, output: str, status: int = 0) -> str:
     [
         (CLEAN, "memcheck", "cuda", 0, 0),
         (MEMCHECK, "memcheck", "cuda", 2, 0),
-        (RACECHECK, "racecheck", "cuda", 1, 1),
-        (RACECHECK, "racecheck", "ptx", 2, 0),  # the ledger speaks of another backend
+        (RACECHECK, "racecheck", "cuda", 1, 3),
+        (RACECHECK, "racecheck", "ptx", 4, 0),  # the ledger speaks of another backend
+        (INITCHECK, "initcheck", "cuda", 1, 1),
         (CLEAN.replace("0 errors", "3 errors"), "memcheck", "cuda", 3, 0),  # counted, not printed
     ],
 )
@@ -81,7 +114,7 @@ def test_several_at_a_time(tmp_path):
     """All of them, whoever is first."""
     runs = [(tool, "cuda") for tool in sanitize.TOOLS]
     rows = {row["tool"]: row for row in sanitize.check_all(fake(tmp_path, RACECHECK), runs, "cuda:0", processes=3)}
-    unexplained = dict.fromkeys(sanitize.TOOLS, 2) | {"racecheck": 1}
+    unexplained = dict.fromkeys(sanitize.TOOLS, 4) | {"racecheck": 1}
     assert {tool: row["unexplained"] for tool, row in rows.items()} == unexplained
 
 

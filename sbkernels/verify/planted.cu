@@ -18,13 +18,13 @@ __global__ void races(int* x) {
 // x [THREADS] was never written.
 __global__ void reads_unwritten(const int* x, int* y) { y[threadIdx.x] = x[threadIdx.x] + 1; }
 
-// A part of a warp waits at a barrier that the others do not come to.
-__global__ void diverges(int* x) {
+// A thread comes to a barrier of its warp whose mask does not name it.
+__global__ void is_not_named(int* x) {
   __shared__ int shared[THREADS];
-  shared[threadIdx.x] = x[threadIdx.x];
-  if (threadIdx.x < 16) {
-    __syncthreads();
-    x[threadIdx.x] = shared[15 - threadIdx.x];
+  if (threadIdx.x <= 16) {
+    shared[threadIdx.x] = x[threadIdx.x];
+    __syncwarp(0xffff);
+    x[threadIdx.x] = shared[16 - threadIdx.x];
   }
 }
 
@@ -52,7 +52,7 @@ int main(int count, char** words) {
   } else if (unwritten) {
     reads_unwritten<<<1, THREADS>>>(x, y);
   } else if (std::strcmp(bug, "synccheck") == 0) {
-    diverges<<<1, THREADS>>>(x);
+    is_not_named<<<1, THREADS>>>(x);
   } else if (std::strcmp(bug, "none") == 0) {
     is_right<<<1, THREADS>>>(x);
   } else {
