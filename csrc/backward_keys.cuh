@@ -186,7 +186,7 @@ template <class C> __global__ void __launch_bounds__(C::THREADS, 1) backward_key
           const int group = n_begin / C::KEY_GROUP + i / PIECES % C::WARPS;
           const float* from = i < C::WARPS * PIECES ? p.state_carry : p.state_sum;
           from += (int64)(chunk_head * p.key_groups + group) * p.chunk_rows + block * C::BLOCK_M + i % PIECES * 4;
-          copy_async_16(state + i * 16, from, group * C::KEY_GROUP < at.N ? 16 : 0);  // beyond the keys there is none
+          copy_async_16(state + i * 16, from, 16);
         }
         if (threadIdx.x == 0) copy_async_4(state + 2 * C::STATE_BYTES, p.block_oldest + oldest_at + block * C::BLOCK_M / p.rows_per_oldest, 4);
       }

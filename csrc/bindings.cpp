@@ -1,7 +1,7 @@
 // What Python sees: the table of compiled kernels, and their launch from packed parameters (params.h). Arguments were checked in
 // Python; here only what would crash the process is looked at.
+#include "hopper_params.h"
 #include "instances.h"
-#include "params.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +15,11 @@ void bind_math(py::module_& module);  // bind_math.cpp
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CUDA kernels of sbkernels; sbkernels.backends.cuda plans their launches.";
+#if defined(SBK_CHECKED)
+  m.attr("CHECKED") = true;
+#else
+  m.attr("CHECKED") = false;
+#endif
   m.def(
       "instances",
       [] {

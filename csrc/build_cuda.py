@@ -27,6 +27,7 @@ OLDEST_CUDA = 12  # the first release with sm_90a
 
 BUILD_CUDA = "SBKERNELS_BUILD_CUDA"
 CUDA_ARCHS = "SBKERNELS_CUDA_ARCHS"
+CHECKED = "SBKERNELS_CHECKED"
 DEFAULT_ARCHS = "80;90a;90-virtual"  # the last is PTX, which the driver compiles for newer GPUs
 
 DTYPES = ("half", "bfloat")  # types of instructions.cuh
@@ -62,6 +63,14 @@ def requested() -> str:
     if value not in ("0", "1", "auto"):
         raise ValueError(f"{BUILD_CUDA}={value!r} is none of 0 (no extension), 1 (required) and auto (if its tools are there)")
     return value
+
+
+def checked_flags() -> list[str]:
+    """nvcc's flags for SBKERNELS_CHECKED: kernels that compute-sanitizer can follow (hopper.cuh). ValueError unless it is 0 or 1."""
+    value = os.environ.get(CHECKED, "").strip() or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{CHECKED}={value!r} is neither 0 (kernels for use) nor 1 (kernels that compute-sanitizer can follow)")
+    return ["-DSBK_CHECKED"] if value == "1" else []
 
 
 def architecture_flags() -> list[str]:
@@ -152,7 +161,7 @@ def ninja_file(tools: Tools, csrc: pathlib.Path, build: pathlib.Path) -> str:
     objects = []
     for unit in units(csrc):
         target, depfile, source = f"{unit.name}.o", f"{unit.name}.d", str(unit.source)
-        flags = [*COMPILE, *(python if unit.source.suffix == ".cpp" else architectures), *unit.defines]
+        flags = [*COMPILE, *checked_flags(), *(python if unit.source.suffix == ".cpp" else architectures), *unit.defines]
         command = [*nvcc, "-c", *flags, "-MD", "-MF", depfile, "-o", target, source]
         lines += [f"build {target}: run {_escape(source)}", f"  command = {_escape(shlex.join(command))}"]
         lines += [f"  depfile = {depfile}", "  deps = gcc"]

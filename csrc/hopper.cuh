@@ -6,7 +6,7 @@
 // multiple of SWIZZLE_BYTES.
 #pragma once
 #include "instructions.cuh"
-#include "params.h"
+#include "hopper_params.h"
 
 namespace sbk {
 
@@ -54,6 +54,16 @@ SBK_FN bool barrier_test(unsigned barrier, int parity) {
                : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
   return done;
 }
+
+// The lane that arrives for a warp, whose __syncwarp() has ordered what the others did before. compute-sanitizer follows threads, not
+// warps, and wants each phase waited for: built with SBK_CHECKED, all lanes arrive for themselves, and all wait.
+#if defined(SBK_CHECKED)
+constexpr bool CHECKED = true;
+#else
+constexpr bool CHECKED = false;
+#endif
+constexpr int WARP_ARRIVALS = CHECKED ? 32 : 1;
+SBK_FN bool arrives(int lane) { return CHECKED || lane == 0; }
 
 // The hardware's 16 barriers, for whole warps: waits for `threads` threads to have come to it, those that only arrive included.
 SBK_FN void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -168,6 +178,10 @@ SBK_FN void load_pieces(unsigned tile, int slab_bytes, const Rows<T>& x, unsigne
   fence_async_shared();
   __syncwarp();
   barrier_arrive(barrier, lane == 0);
+}
+SBK_FN uint4 load_shared_16(unsigned address) {
+  uint4 x; asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+  return x;
 }
 // Shared -> global by a warpgroup: what is there.
 template <int ROWS, int SLABS, class Order, typename T>

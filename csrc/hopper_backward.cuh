@@ -81,13 +81,13 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       wgmma_step<T, ALONG_K, ALONG_K>(e, q_stage + along_k(i, C::Q_SLAB_BYTES), k_rows + along_k(i, C::K_SLAB_BYTES), i);
     wgmma_commit();
     const auto [lane, q, row, stored] = Thread(kept(threadIdx.x % 128));
-    const bool first_lane = lane == 0;
+    const bool arriving = arrives(lane);
     const int visible = __shfl_sync(ALL_LANES, load_shared_int(base + (unsigned)offsetof(Here, visible) + stage * 4), 0);
     const bool dout_ready = barriers.ready(DOUT_FULL + stage, parity);
     wgmma_wait<1>();  // dq, and of the last step dv and dk
-    barriers.arrive(DOUT_EMPTY + (stage ^ 1), first_lane && n >= 1);
-    barriers.arrive(Q_EMPTY + (stage ^ 1), first_lane && n >= 1);
-    barriers.arrive(DZ_EMPTY + stage, first_lane && n >= 2);
+    barriers.arrive(DOUT_EMPTY + (stage ^ 1), arriving && n >= 1);
+    barriers.arrive(Q_EMPTY + (stage ^ 1), arriving && n >= 1);
+    barriers.arrive(DZ_EMPTY + stage, arriving && n >= 2);
     if (n >= 2) hand_dq_over<C>(barriers, dq_tile + kept(threadIdx.x % 128) * 16, dq, half, n - 2, lane);
     wgmma_wait<0>();
 
@@ -147,16 +147,16 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       store_shared<EXCESS + SECOND>(here + half * 4, scans[1].total);
     }
     __syncwarp();
-    barriers.arrive(EXCESS_FULL + half * C::SLOTS + slot, first_lane);
+    barriers.arrive(EXCESS_FULL + half * C::SLOTS + slot, arriving);
 
     // Where the runs start.
     float start[2], next[2];
     barriers.wait_unless(state_ready, STATE_FULL + slot, slot_parity);
     const float carry[2] = {load_shared<STATE>(here), load_shared<STATE + SECOND>(here)};
     const bool entering = __any_sync(ALL_LANES, carry[0] < 0.f || carry[1] < 0.f);
-    barriers.arrive(STATE_EMPTY + slot, half == 1 && first_lane);
+    barriers.arrive(STATE_EMPTY + slot, half == 1 && arriving);
     float other[2] = {0.f, 0.f};
-    if (half == 1 || entering) {
+    if (half == 1 || entering || CHECKED) {
       barriers.wait(EXCESS_FULL + (half ^ 1) * C::SLOTS + slot, slot_parity);
       other[0] = load_shared<EXCESS>(here + (half ^ 1) * 4);
       other[1] = load_shared<EXCESS + SECOND>(here + (half ^ 1) * 4);
@@ -241,8 +241,8 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       store_shared<SECOND>(to, before[1] + sums[1].total);
     }
     __syncwarp();
-    barriers.arrive(STATE_EMPTY + slot, half == 0 && first_lane);
-    barriers.arrive((half == 0 ? SUM_FULL : NEXT_FULL) + slot, first_lane);
+    barriers.arrive(STATE_EMPTY + slot, half == 0 && arriving);
+    barriers.arrive((half == 0 ? SUM_FULL : NEXT_FULL) + slot, arriving);
 #pragma unroll
     for (int r = 0; r < 2; r++) before[r] += sums[r].before;
 
@@ -262,7 +262,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     q_ready = barriers.ready(Q_FULL + (stage ^ 1), (n + 1) / C::STAGES % 2);
     fence_async_shared();
     named_sync(OLDER_HALF + half, 128);
-    barriers.arrive(DZ_FULL + stage, first_lane);
+    barriers.arrive(DZ_FULL + stage, arriving);
 
     // dk += dz^T q.
     wgmma_fence();

@@ -83,7 +83,7 @@ template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<
     reinterpret_cast<float4*>(s.state[slot])[lane] = make_float4(encode_carry(x.x, oldest.x, work.tile, newest), x.y,
                                                                  encode_carry(x.z, oldest.y, work.tile, newest), x.w);
     __syncwarp();
-    if (lane == 0) barriers.arrive(STATE_FULL + slot);
+    barriers.arrive(STATE_FULL + slot, arrives(lane));
   }
 }
 
@@ -100,10 +100,8 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
     if (x.x != 0.f) __stcg(rows, make_float2(x.x, x.y));
     if (x.z != 0.f) __stcg(rows + 1, make_float2(x.z, x.w));
     __syncwarp();
-    if (lane == 0) {
-      barriers.arrive(NEXT_EMPTY + slot);
-      store_release(p.state_turn + index, work.tile + 1);
-    }
+    barriers.arrive(NEXT_EMPTY + slot, arrives(lane));
+    if (lane == 0) store_release(p.state_turn + index, work.tile + 1);
   }
 }
 

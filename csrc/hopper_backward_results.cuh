@@ -12,7 +12,7 @@ template <class C> SBK_FN void hand_dq_over(const Barriers& barriers, unsigned t
   for (int j = 0; j < C::HEAD_DIM / 16; j++)
     store_shared(to + j * 128 * 16, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
   __syncwarp();
-  barriers.arrive(DQ_FULL + half, lane == 0);
+  barriers.arrive(DQ_FULL + half, arrives(lane));
 }
 
 // Accumulator [HALF_N, D] times scale, rounded, to slabs slab_bytes apart; `stored`: see Thread.

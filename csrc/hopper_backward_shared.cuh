@@ -38,7 +38,9 @@ SBK_FN int arrivals_of(int barrier) {
   const bool by_both_halves = (barrier >= Q_EMPTY && barrier < DOUT_FULL) || (barrier >= DOUT_EMPTY && barrier < DZ_FULL) ||
                               (barrier >= DZ_FULL && barrier < DQ_FULL) || (barrier >= STATE_EMPTY && barrier < EXCESS_FULL);
   const bool by_one_half = (barrier >= DQ_FULL && barrier < DQ_EMPTY) || (barrier >= EXCESS_FULL && barrier < NEXT_EMPTY);
-  return by_both_halves ? 8 : by_one_half ? 4 : barrier <= V_FULL ? 2 : 1;  // warps; of a tile, its halves
+  const bool by_a_warp = (barrier >= STATE_FULL && barrier < STATE_EMPTY) || barrier >= NEXT_EMPTY;
+  if (by_both_halves || by_one_half || by_a_warp) return (by_both_halves ? 8 : by_one_half ? 4 : 1) * WARP_ARRIVALS;
+  return barrier <= V_FULL ? 2 : 1;  // a thread for each half of the tile; one
 }
 enum NamedBarrier { ALL_THREADS, OLDER_HALF, NEWER_HALF, BOTH_HALVES };
 

@@ -110,10 +110,9 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
 
     for (int tile = work.tiles_seen - 1; tile >= 0; tile--) {
       barrier_wait(shared_address(&shared.k_empty[keys.stage]), keys.parity ^ 1, WAIT_LIMIT);
-      bool stop = shape.skip_below > 0.f && tile < work.tiles_seen - 1;
-#pragma unroll
-      for (int i = 0; i < 4 * C::CONSUMERS; i++) stop = stop && *(volatile int*)&shared.used_up[i] == w + 1;
-      stop = __shfl_sync(ALL_LANES, stop, 0);
+      bool stop = false;
+      if (shape.skip_below > 0.f && tile < work.tiles_seen - 1)
+        stop = __all_sync(ALL_LANES, lane >= 4 * C::CONSUMERS || *(volatile int*)&shared.used_up[lane] == w + 1);
       if (lane == 0) shared.stop[keys.stage] = stop;
       if (stop) {
         barrier_arrive(shared_address(&shared.k_full[keys.stage]), lane == 0);
@@ -175,9 +174,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       for (int k = 0; k < C::BLOCK_N / 16; k++) Output::template add<ACROSS_K>(out, weights[0][k], v_tile + across_k(k), k > 0 || !first);
       wgmma_commit();
     };
-    auto release = [&](Barrier& empty) {
-      barrier_arrive(shared_address(&empty), lane == 0);
-    };
+    auto release = [&](Barrier& empty) { barrier_arrive(shared_address(&empty), arrives(lane)); };
     auto weigh_tile = [&](int tile) {
       Run runs[1][2];
       const int visible = work.first_end + my_row - tile * C::BLOCK_N - q * C::RUN;
@@ -281,12 +278,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
 
   if (threadIdx.x == 0) {
     barrier_init(shared_address(&shared.q_full), 1);
-    barrier_init(shared_address(&shared.q_empty), 4 * C::CONSUMERS);
+    barrier_init(shared_address(&shared.q_empty), 4 * C::CONSUMERS * WARP_ARRIVALS);
     for (int i = 0; i < C::STAGES; i++) {
       barrier_init(shared_address(&shared.k_full[i]), 1);
       barrier_init(shared_address(&shared.v_full[i]), 1);
-      barrier_init(shared_address(&shared.k_empty[i]), 4 * C::CONSUMERS);
-      barrier_init(shared_address(&shared.v_empty[i]), 4 * C::CONSUMERS);
+      barrier_init(shared_address(&shared.k_empty[i]), 4 * C::CONSUMERS * WARP_ARRIVALS);
+      barrier_init(shared_address(&shared.v_empty[i]), 4 * C::CONSUMERS * WARP_ARRIVALS);
     }
     fence_barrier_init();
   }

@@ -90,10 +90,6 @@ SBK_FN void store_shared(unsigned address, float x, float y, float z, float w) {
 template <int OFFSET = 0> SBK_FN float load_shared(unsigned address) {
   float x; asm volatile("ld.shared.f32 %0, [%1 + %2];" : "=f"(x) : "r"(address), "n"(OFFSET) : "memory"); return x;
 }
-SBK_FN uint4 load_shared_16(unsigned address) {
-  uint4 x; asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
-  return x;
-}
 SBK_FN int load_shared_int(unsigned address) {
   int x; asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory"); return x;
 }

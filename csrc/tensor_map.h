@@ -1,6 +1,6 @@
 // Tensor maps: how the copy engine addresses the tensors of a call.
 #pragma once
-#include "params.h"
+#include "hopper_params.h"
 
 namespace sbk {
 

@@ -109,6 +109,16 @@ def test_missing_tools_are_named(monkeypatch, bare):
         build_cuda.find_tools()
 
 
+def test_checked(monkeypatch):
+    monkeypatch.setenv("SBKERNELS_CHECKED", "1")
+    assert build_cuda.checked_flags() == ["-DSBK_CHECKED"]
+    monkeypatch.setenv("SBKERNELS_CHECKED", "0")
+    assert build_cuda.checked_flags() == []
+    monkeypatch.setenv("SBKERNELS_CHECKED", "yes")
+    with pytest.raises(ValueError, match="SBKERNELS_CHECKED='yes' is neither 0"):
+        build_cuda.checked_flags()
+
+
 def test_units():
     names = [unit.name for unit in build_cuda.units()]
     assert len(names) == len(set(names))

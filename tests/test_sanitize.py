@@ -39,6 +39,11 @@ RACES = {  # as racecheck words them
 =========     and Write access at void sbk::load_tiles<sbk::HopperForwardConfig<sbk::bfloat, (int)64, (int)2, (int)2>>(const sbk::HopperForwardParams &, int)+0xe540 in hopper_forward.cuh:85 [16 hazards]
 =========
 """,
+    "used_up": """\
+========= Error: Race reported between Write access at void sbk::attend<sbk::HopperForwardConfig<sbk::bfloat, (int)64, (int)2, (int)2>>(const sbk::HopperForwardParams &, int)::[lambda(int) (instance 1)]::operator ()(int) const+0x500 in hopper_forward.cuh:176
+=========     and Read access at void sbk::load_tiles<sbk::HopperForwardConfig<sbk::bfloat, (int)64, (int)2, (int)2>>(const sbk::HopperForwardParams &, int)+0xe540 in hopper_forward.cuh:101 [16 hazards]
+=========
+""",
     "portable": """\
 ========= Error: Race reported between Write access at sbk::copy_async_16(unsigned int, const void *, int)+0x10 in instructions.cuh:61
 =========     and Read access at float sbk::load_shared<(int)0>(unsigned int)+0x20 in instructions.cuh:91 [4 hazards]
@@ -49,7 +54,7 @@ RACECHECK = f"""\
 ========= COMPUTE-SANITIZER
 problem 17: Case(M=256, N=256, H=4, D=128, Dv=128)
 {"".join(RACES.values())}all problems ran
-========= RACECHECK SUMMARY: 4 hazards displayed (4 errors, 0 warnings)
+========= RACECHECK SUMMARY: 5 hazards displayed (5 errors, 0 warnings)
 """
 INITCHECK = """\
 ========= COMPUTE-SANITIZER
@@ -63,9 +68,18 @@ problem 5: Case(M=129, N=129, skip=True)
 =========     at sbk::copy_async_16(unsigned int, const void *, int)+0x38e0 in instructions.cuh:61
 =========     by thread (48,0,0) in block (10,0,0)
 =========     Address 0x7f1c1a966500
+=========         Device Frame: void sbk::backward_keys_kernel<sbk::KeysConfig<sbk::bfloat, sbk::LinearRun, (int)128>>(sbk::BackwardParams)::[lambda(int) (instance 1)]::operator ()(int) const+0x3aa0 in backward_keys.cuh:189
+=========         Device Frame: void sbk::backward_keys_kernel<sbk::KeysConfig<sbk::bfloat, sbk::LinearRun, (int)128>>(sbk::BackwardParams)+0x2660 in backward_keys.cuh:200
+=========
+========= Uninitialized __global__ memory read of size 16 bytes
+=========     at sbk::copy_async_16(unsigned int, const void *, int)+0x38e0 in instructions.cuh:61
+=========     by thread (48,0,0) in block (10,0,0)
+=========     Address 0x7f1c1a966500
+=========         Device Frame: void sbk::load_tile<(int)64, (int)128, (int)256, sbk::NaturalOrder, (int)64, sbk::bfloat>(unsigned int)+0x3aa0 in tile.cuh:80
+=========         Device Frame: void sbk::backward_keys_kernel<sbk::KeysConfig<sbk::bfloat, sbk::LinearRun, (int)128>>(sbk::BackwardParams)+0x2660 in backward_keys.cuh:200
 =========
 all problems ran
-========= ERROR SUMMARY: 2 errors
+========= ERROR SUMMARY: 3 errors
 """
 CLEAN = "========= COMPUTE-SANITIZER\nall problems ran\n========= ERROR SUMMARY: 0 errors\n"
 
@@ -98,9 +112,10 @@ def fake(tmp_path, output: str, status: int = 0) -> str:
     [
         (CLEAN, "memcheck", "cuda", 0, 0),
         (MEMCHECK, "memcheck", "cuda", 2, 0),
-        (RACECHECK, "racecheck", "cuda", 1, 3),
-        (RACECHECK, "racecheck", "ptx", 4, 0),  # the ledger speaks of another backend
-        (INITCHECK, "initcheck", "cuda", 1, 1),
+        (RACECHECK, "racecheck", "cuda", 4, 1),
+        (RACECHECK, "racecheck", "ptx", 5, 0),  # the ledger speaks of another backend
+        (INITCHECK, "initcheck", "cuda", 1, 2),
+        (INITCHECK, "initcheck", "ptx", 2, 1),
         (CLEAN.replace("0 errors", "3 errors"), "memcheck", "cuda", 3, 0),  # counted, not printed
     ],
 )
@@ -114,7 +129,7 @@ def test_several_at_a_time(tmp_path):
     """All of them, whoever is first."""
     runs = [(tool, "cuda") for tool in sanitize.TOOLS]
     rows = {row["tool"]: row for row in sanitize.check_all(fake(tmp_path, RACECHECK), runs, "cuda:0", processes=3)}
-    unexplained = dict.fromkeys(sanitize.TOOLS, 4) | {"racecheck": 1}
+    unexplained = dict.fromkeys(sanitize.TOOLS, 5) | {"racecheck": 4}
     assert {tool: row["unexplained"] for tool, row in rows.items()} == unexplained
 
 

@@ -26,11 +26,15 @@ POINTER_TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: registers and bytes of spills a thread, bytes of shared memory a program."""
+    """What one compiled kernel takes: registers and bytes of spills a thread, bytes of shared memory a program.
+
+    async_copies: instructions that copy 16 bytes to shared memory while others run.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    async_copies: int
     cubin: bytes = dataclasses.field(repr=False)
 
 
@@ -71,6 +75,7 @@ def compile_launch(launch, capability: int) -> Resources:
         registers=int(re.search(r"Used (\d+) registers", report).group(1)),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill stores", report))),
         shared_bytes=compiled.metadata.shared,
+        async_copies=compiled.asm["ptx"].count("cp.async.cg.shared.global"),
         cubin=cubin,
     )
 

@@ -21,8 +21,8 @@ def sequence(cu_seqlens_ptr, b, M, N, VARLEN: tl.constexpr):
 def rows_at(ptr, batch, stride_b, head, stride_h, row, stride_row: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointer to a row of a batch entry's head. ALIGNED: all rows start on 16 bytes.
 
-    NOTE: Triton knows of strides only whether they are multiples of 16 elements. Where it does not know rows to be aligned it copies
-    them by hand, and from there on gives wgmma wrong descriptors: see UNALIGNED_SM90 in sbkernels/backends/triton_configs.py.
+    NOTE: Triton knows of a stride only whether it is a multiple of 16 elements. Rows that it does not know to be aligned it loads
+    without asynchronous copies, and gives wgmma wrong descriptors: see UNALIGNED_SM90 in sbkernels/backends/triton_configs.py.
     """
     ptr += batch * stride_b + head * stride_h + row * stride_row
     if ALIGNED:

@@ -92,7 +92,7 @@ class CudaBackend(KernelBackend):
         return [__file__, hopper.__file__, launches.__file__, *kernel_sources()]
 
     def versions(self):
-        return {"cuda kernels": f"{len(INSTANCES)} compiled"}
+        return {"cuda kernels": f"{len(INSTANCES)} compiled{', SBKERNELS_CHECKED' if _C.CHECKED else ''}"}
 
     def kernel(self, call: Call, kernel: str, config) -> int:
         """Its number among INSTANCES."""

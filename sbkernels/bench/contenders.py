@@ -48,31 +48,34 @@ def softmax_names(device: str) -> list[str]:
 
 
 def softmax(x: inputs.Inputs, name: str) -> dict:
-    """torch's causal softmax attention by the kernel of this name; packed sequences as nested tensors."""
-    case, group = x.case, x.q.shape[1] // x.k.shape[1]
-    M, N = x.q.shape[2], x.k.shape[2]
-    if case.lengths and name == "cuDNN":
-        raise NotHere("its backward takes the head dim for the longest length (pytorch PR 186142) and writes beyond its memory")
+    """torch's causal softmax attention by the kernel of this name."""
+    if x.case.lengths:
+        return softmax_packed(x, name)
+    group, M, N = x.q.shape[1] // x.k.shape[1], x.q.shape[2], x.k.shape[2]
     if M not in (1, N):
         raise NotHere(f"{name} stands beside as many queries as keys or one, not {M} of {N}")
 
     def call(q, k, v):
-        if case.lengths:
-            q, k, v = (_nested(t, x) for t in (q, k, v))
         with sdpa_kernel(SOFTMAX[name]):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=M == N, enable_gqa=group > 1)
-        return out.transpose(1, 2).values() if case.lengths else out
+            return F.scaled_dot_product_attention(q, k, v, is_causal=M == N, enable_gqa=group > 1)
 
-    if case.lengths:
-        tokens = [t[0].transpose(0, 1).contiguous() for t in (x.q, x.k, x.v)]  # nested tensors have to be
-        return directions(call, tokens, x.dout[0].transpose(0, 1))
     return directions(call, [x.q, x.k, x.v], x.dout)
 
 
-def _nested(tokens: torch.Tensor, x: inputs.Inputs) -> torch.Tensor:
-    """Packed tokens [T, H, D] as a nested tensor [B, H, lengths, D]."""
-    extremes = {"min_seqlen": min(x.case.lengths), "max_seqlen": max(x.case.lengths)}  # else they are read from the device
-    return torch.nested.nested_tensor_from_jagged(tokens, x.cu_seqlens, **extremes).transpose(1, 2)
+def softmax_packed(x: inputs.Inputs, name: str) -> dict:
+    """The same for packed sequences: by the operator that SDPA calls for nested tensors, which themselves take milliseconds a call."""
+    if name == "cuDNN":
+        raise NotHere("its backward takes the head dim for the longest length (pytorch PR 186142) and writes beyond its memory")
+    if name != "FlashAttention-2":
+        raise NotHere("packed sequences are not in it")
+    longest, dropout, causal, debug = max(x.case.lengths), 0.0, True, False
+
+    def call(q, k, v):
+        lengths = (x.cu_seqlens, x.cu_seqlens, longest, longest)
+        return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, dropout, causal, debug)[0]
+
+    tokens = [t[0].transpose(0, 1).contiguous() for t in (x.q, x.k, x.v)]
+    return directions(call, tokens, x.dout[0].transpose(0, 1))
 
 
 def softmax_contenders(x: inputs.Inputs) -> dict[str, dict]:
