@@ -66,7 +66,7 @@ def requested() -> str:
 
 
 def checked_flags() -> list[str]:
-    """nvcc's flags for SBKERNELS_CHECKED: kernels that compute-sanitizer can follow (hopper.cuh). ValueError unless it is 0 or 1."""
+    """nvcc's flags for SBKERNELS_CHECKED: kernels that compute-sanitizer can follow (hopper.cuh). ValueError if not 0 or 1."""
     value = os.environ.get(CHECKED, "").strip() or "0"
     if value not in ("0", "1"):
         raise ValueError(f"{CHECKED}={value!r} is neither 0 (kernels for use) nor 1 (kernels that compute-sanitizer can follow)")

@@ -112,7 +112,7 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
       barrier_wait(shared_address(&shared.k_empty[keys.stage]), keys.parity ^ 1, WAIT_LIMIT);
       bool stop = false;
       if (shape.skip_below > 0.f && tile < work.tiles_seen - 1)
-        stop = __all_sync(ALL_LANES, lane >= 4 * C::CONSUMERS || *(volatile int*)&shared.used_up[lane] == w + 1);
+        stop = __all_sync(ALL_LANES, lane >= 4 * C::CONSUMERS || atomicAdd(&shared.used_up[lane], 0) == w + 1);
       if (lane == 0) shared.stop[keys.stage] = stop;
       if (stop) {
         barrier_arrive(shared_address(&shared.k_full[keys.stage]), lane == 0);
@@ -189,7 +189,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
         const bool used_up = Run::stick(rows[0][0].carry) < shape.skip_below && Run::stick(rows[0][1].carry) < shape.skip_below;  // not NaN
         if (__all_sync(ALL_LANES, used_up)) {
           rows[0][0].carry = rows[0][1].carry = Run::NONE;
-          if (lane == 0) *(volatile int*)&shared.used_up[consumer * 4 + warp] = w + 1;
+          if (lane == 0) atomicExch(&shared.used_up[consumer * 4 + warp], w + 1);
         }
       }
     };
