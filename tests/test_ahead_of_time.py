@@ -90,6 +90,6 @@ def test_compiles_without_spills(compiled, case):
 
 
 def test_what_is_aligned_is_copied_asynchronously(pool):
-    """Triton takes no stride but a multiple of 16 elements for aligned, and gives wgmma wrong descriptors of what it copies otherwise."""
+    """Triton takes no stride but a multiple of 16 elements for aligned, and gives wgmma wrong descriptors of what it loads so."""
     (padded, dense), least = pool.map(copies, (8, 16)), 8
     assert padded == dense and min(dense) >= least

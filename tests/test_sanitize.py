@@ -26,7 +26,7 @@ all problems ran
 RACECHECK = """\
 ========= COMPUTE-SANITIZER
 problem 17: Case(M=256, N=256, H=4, D=128, Dv=128)
-========= Error: Race reported between Write access at void sbk::store_shared<(int)135168>(unsigned int, float)+0x8d10 in tile.cuh:84
+========= Error: Race reported between Write access at void sbk::store_shared<(int)135168>(unsigned int, float)+0x8d10 in x.cuh:84
 =========     and Read access at float sbk::load_shared<(int)135168>(unsigned int)+0x9260 in instructions.cuh:91 [1456 hazards]
 =========     and Read access at float sbk::load_shared<(int)135168>(unsigned int)+0x9290 in instructions.cuh:91 [14 hazards]
 =========
@@ -48,7 +48,7 @@ problem 5: Case(M=129, N=129, skip=True)
 =========     at sbk::copy_async_16(unsigned int, const void *, int)+0x38e0 in instructions.cuh:61
 =========     by thread (48,0,0) in block (10,0,0)
 =========     Address 0x7f1c1a966500
-=========         Device Frame: void sbk::backward_keys_kernel<C>(P)::[lambda(int) (instance 1)]::operator ()(int) const+0x3aa0 in backward_keys.cuh:189
+=========         Device Frame: void sbk::backward_keys_kernel<C>(P)::[lambda(int)]::operator ()(int) const in backward_keys.cuh:189
 =========         Device Frame: void sbk::backward_keys_kernel<C>(P)+0x2660 in backward_keys.cuh:200
 =========
 ========= Uninitialized __global__ memory read of size 16 bytes

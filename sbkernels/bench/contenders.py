@@ -63,7 +63,7 @@ def softmax(x: inputs.Inputs, name: str) -> dict:
 
 
 def softmax_packed(x: inputs.Inputs, name: str) -> dict:
-    """The same for packed sequences: by the operator that SDPA calls for nested tensors, which themselves take milliseconds a call."""
+    """The same for packed sequences: by what SDPA calls for nested tensors, which take milliseconds themselves."""
     if name == "cuDNN":
         raise NotHere("its backward takes the head dim for the longest length (pytorch PR 186142) and writes beyond its memory")
     if name != "FlashAttention-2":

@@ -66,14 +66,14 @@ class Known:
 LEDGER = [
     Known(
         "initcheck", ("cuda",), (r"\AUninitialized __global__ memory read", r"\bhopper_backward_end_kernel\b"),
-        "It reads the sums of dq, which the copy engine has written (store_bulk, reduce_add in csrc/hopper.cuh): initcheck does not see "
-        "that. `sbk verify` fills them with NaN before.",
+        "It reads the sums of dq, which the copy engine has written (store_bulk and reduce_add in csrc/hopper.cuh): initcheck does "
+        "not see that. `sbk verify` fills them with NaN before.",
     ),
     Known(
         "initcheck", ("cuda", "ptx"),
         (r"\AUninitialized __global__ memory read", r"(?s)\A(?!.*\bload_tile\b).*\bcopy_async_16\b.*\bbackward_keys_kernel\b"),
-        "It loads the state of all groups of keys of its tile; of those that no row of a block of queries sees there is none, and it "
-        "passes over them. `sbk verify` fills it with NaN before.",
+        "It loads the state of all groups of keys of its tile; of those that no row of a block of queries sees there is none, and "
+        "it passes over them. `sbk verify` fills it with NaN before.",
     ),
 ]  # fmt: skip
 
