@@ -243,6 +243,9 @@ def cases(large: bool) -> list[Case]:
     found += [Case(layout=layout, B=2, H=4, M=90, N=100, D=64, Dv=64, skip=True) for layout in LAYOUTS]
     found += [Case(strides=(memory,) * 4, B=2, H=4, M=90, N=100) for memory in MEMORY if memory not in LAYOUTS]
     found += [Case(strides=("bhnd", "bhnd", "bhnd", dout), M=256, N=256, D=64, Dv=64) for dout in ("offset", EXPANDED)]
+    # Rows on 16 bytes of heads that no multiple of 32 bytes lies between.
+    found += [Case(B=2, H=4, Hk=1, M=193, N=193, D=72, Dv=72, layout="bnhd")]
+    found += [Case(strides=("bhnd", "bhnd", "transposed", "padded"), B=2, H=4, Hk=1, M=193, N=193, D=64, Dv=64)]
     found += [Case(D=D, Dv=Dv, M=150, N=150) for D, Dv in ((16, 16), (50, 80), (80, 50), (96, 96), (128, 64), (64, 128))]
     found += [Case(D=D, Dv=D, M=192, N=192, skip=D > 200) for D in (128, 192, 256)]
     found += [Case(H=H, Hk=Hk, M=100, N=170, skip=Hk == 1) for H, Hk in ((4, 2), (4, 1), (6, 2), (8, 8))]
