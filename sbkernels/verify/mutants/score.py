@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from ... import registry, workers
 from .. import run
-from .mutant import CONTROLS, Mutant, planted
+from .mutant import CONTROLS, SWITCHED_OFF, Mutant, planted
 from .switches import SWITCHES
 from .wrappers import MUTANTS
 
@@ -74,9 +74,14 @@ def judge(backend: str, name: str, jobs: list, device: str, before_each: Callabl
 def run_all(backend: str, device: str, progress: Callable[[Verdict], None], processes: int = 1, dtype: str | None = None) -> None:
     """Judge the controls and all mutants of a backend, calling progress(verdict) after each; controls, in parts, come last.
 
+    ValueError if the table of switches is not of the present sources.
+
     On a GPU, and with more than one process, in processes that can be killed: a hang or a crash is then what caught a mutant.
     """
     jobs = plan(backend, device, dtype)
+    if backend in SWITCHES:
+        with planted(registry.load(backend), SWITCHED_OFF, SWITCHES[backend]):
+            pass  # or its table is out of date: in a process of its own each mutant would pass for caught
     items = [(m.name, [job for job in jobs if job[1] == m.variant]) for m in table(backend)]
     parts = [(m.name, jobs[i::CONTROL_PARTS]) for m in controls(backend) for i in range(CONTROL_PARTS)]
     of_controls: dict[str, list[Verdict]] = {}
