@@ -74,9 +74,8 @@ def judge(backend: str, name: str, jobs: list, device: str, before_each: Callabl
 def run_all(backend: str, device: str, progress: Callable[[Verdict], None], processes: int = 1, dtype: str | None = None) -> None:
     """Judge the controls and all mutants of a backend, calling progress(verdict) after each; controls, in parts, come last.
 
-    ValueError if the table of switches is not of the present sources.
-
     On a GPU, and with more than one process, in processes that can be killed: a hang or a crash is then what caught a mutant.
+    ValueError if the table of switches is not of the present sources.
     """
     jobs = plan(backend, device, dtype)
     if backend in SWITCHES:
