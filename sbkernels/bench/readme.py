@@ -98,4 +98,4 @@ def cell(rows: dict[tuple[str, str], dict], who: str, what: str) -> str:
     if what == "tokens":
         return f"{row['B'] * row['N'] / row['ms']:.0f}"
     ratios = ", ".join(f"{row['ratios'][name]:.2f}" for name in BESIDE if name in row["ratios"])
-    return f"{row['ms']:#.3g}" + (f" ({ratios})" if ratios else "")
+    return f"{row['ms']:#.3g}".rstrip(".") + (f" ({ratios})" if ratios else "")

@@ -24,7 +24,7 @@ FLUSHES = 12
 WARMUP_CALLS = 2
 TARGET_SECONDS = 0.4  # time spent on each contender's samples
 MIN_SAMPLES, MAX_SAMPLES = 3, 200
-HOST_CALLS, HOST_ROUNDS = 20, 200
+HOST_CALLS, HOST_ROUNDS, HOST_SECONDS = 20, 200, 2
 REPLAYS = 5  # of a captured call
 
 
@@ -102,17 +102,21 @@ def sampler(device: str, warm: bool = False, watch: Callable[[], object] = lambd
 def measure_host(contenders: dict[str, Callable], device: str) -> dict[str, float]:
     """Microseconds until an argument-less function returns that enqueues little work on a CUDA device; by name, called in turns.
 
-    The least mean of HOST_CALLS calls: whatever else the machine does only adds to it.
+    The least mean of HOST_CALLS calls, HOST_ROUNDS times or for HOST_SECONDS: whatever else the machine does only adds to it.
     """
-    best = dict.fromkeys(contenders, math.inf)
+    best, left = dict.fromkeys(contenders, math.inf), dict.fromkeys(contenders, HOST_SECONDS * 1e6)
     for _ in range(HOST_ROUNDS):
         for name, function in contenders.items():
+            if left[name] <= 0:
+                continue
             function()  # caches are this contender's
             torch.cuda.synchronize(device)
             begin = time.perf_counter_ns()
             for _ in range(HOST_CALLS):
                 function()
-            best[name] = min(best[name], (time.perf_counter_ns() - begin) / HOST_CALLS / 1e3)
+            spent = (time.perf_counter_ns() - begin) / 1e3
+            best[name] = min(best[name], spent / HOST_CALLS)
+            left[name] -= spent
         torch.cuda.synchronize(device)
     return best
 
