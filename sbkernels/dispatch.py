@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Hashable
 
 from . import config as configs
 from . import env, registry
@@ -31,9 +32,9 @@ class Choice:
     provenance: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Override:
-    """One use_backend() block; equal to no other."""
+    """What a use_backend() block asks for; equal ones share their plans, however many blocks there are."""
 
     name: str
     forward: object
@@ -47,10 +48,13 @@ _override: contextvars.ContextVar[Override | None] = contextvars.ContextVar("sbk
 def use_backend(name: str, *, forward=None, backward=None):
     """Within the block, calls that name no backend use this one and, if given, these configs of it.
 
-    ValueError if there is no backend of that name. Applies to the current thread and context; a backward pass keeps the
-    backend and config its forward chose for it.
+    ValueError if there is no backend of that name, TypeError for what cannot be a config. Applies to the current thread and
+    context; a backward pass keeps the backend and config its forward chose for it.
     """
     check_name(name, "use_backend()")
+    for direction, config in (("forward", forward), ("backward", backward)):
+        if not isinstance(config, Hashable):
+            raise TypeError(f"use_backend({direction}={config!r}): expected a config of {name}, or None")
     token = _override.set(Override(name, forward, backward))
     try:
         yield

@@ -7,6 +7,7 @@ import torch
 
 from sbkernels import (
     BackendError,
+    api,
     config,
     dispatch,
     env,
@@ -62,6 +63,24 @@ def test_config_lookup_is_asked_and_checked():
         assert dispatch.choose(PROBLEM, "torch").provenance == "analytic default"
     finally:
         config.install_lookup(None)
+
+
+def test_blocks_that_ask_for_the_same_share_a_plan(monkeypatch):
+    monkeypatch.setattr(api, "_plans", {})
+    q, k, v = (torch.randn(1, 1, 8, 4) for _ in range(3))
+    for expected, given in enumerate((None, TorchConfig(16, 16, 1), TorchConfig(32, 16, 1)), 1):
+        for _ in range(2):
+            with use_backend("torch", forward=given):
+                stickbreaking_attention(q, k, v)
+            assert len(api._plans) == expected
+
+
+def test_what_cannot_be_a_config_is_refused():
+    with (
+        pytest.raises(TypeError, match=r"use_backend\(backward=\{'BLOCK_M': 16\}\): expected a config of torch"),
+        use_backend("torch", backward={"BLOCK_M": 16}),
+    ):
+        pass
 
 
 def test_illegal_config_is_refused():
