@@ -15,6 +15,7 @@ from .stored import Stored
 PASSES = ("forward", "backward")
 SOFTMAX = ("FlashAttention-2", "cuDNN", "SDPA math")
 MIB = 2**20
+FEWEST_KEYS = 128  # under the ceilings: with fewer, launching is what takes the time
 FAST = 10.0  # TFLOP/s: machines that never reach it need more digits
 TITLES = {"forward": "Forward", "backward": "Backward", points.DECODE: "One query"}
 COUNTED = (
@@ -110,7 +111,7 @@ def roofline(stored: Stored, found: dict[str, list[Point]]) -> Section:
     parts, drawn, heading = [], {}, ""
     for index, machine in enumerate(filter(limits.get, found)):  # in the order of their speed's sections
         ceilings = limits[machine]
-        fit = [p for p in found[machine] if p.sizes and p.tflops and not p.packed]
+        fit = [p for p in found[machine] if p.sizes and p.tflops and not p.packed and p.N >= FEWEST_KEYS]
         panels = collections.defaultdict(list)
         for p in fit:
             if p.direction in TITLES and (p.ours or p.contender in SOFTMAX):  # what others move is not what a fused kernel moves
