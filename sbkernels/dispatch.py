@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Hashable
 
 from . import config as configs
 from . import env, registry
@@ -48,13 +47,15 @@ _override: contextvars.ContextVar[Override | None] = contextvars.ContextVar("sbk
 def use_backend(name: str, *, forward=None, backward=None):
     """Within the block, calls that name no backend use this one and, if given, these configs of it.
 
-    ValueError if there is no backend of that name, TypeError for what cannot be a config. Applies to the current thread and
+    ValueError if there is no backend of that name, TypeError for what is no config of it. Applies to the current thread and
     context; a backward pass keeps the backend and config its forward chose for it.
     """
     check_name(name, "use_backend()")
     for direction, config in (("forward", forward), ("backward", backward)):
-        if not isinstance(config, Hashable):
-            raise TypeError(f"use_backend({direction}={config!r}): expected a config of {name}, or None")
+        backend = registry.try_load(name)[0] if config is not None else None
+        if backend is not None and not isinstance(config, backend.config_types[direction]):
+            expected = backend.config_types[direction].__name__
+            raise TypeError(f"use_backend({name!r}, {direction}={config!r}): expected a {expected} or None")
     token = _override.set(Override(name, forward, backward))
     try:
         yield

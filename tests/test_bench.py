@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -27,6 +28,22 @@ def test_the_timer_throws_slow_turns_out():
     effort = timer.Effort(seconds=0, least=4, most=4)
     found = timer.measure({"a": lambda: None}, "cpu", effort=effort, clock=Slow(), canary=lambda: None)["a"]
     assert (found.dropped, len(found.samples), len(found.beside), found.clock) == (2, 2, 2, 1500)
+
+
+def test_host_times_of_slow_calls_end(monkeypatch):
+    """A contender is called as often as all the others, or until its share of the time is up."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(timer, "HOST_SECONDS", 0.05)
+    monkeypatch.setattr(timer, "HOST_ROUNDS", 4)
+    calls = {"fast": 0, "slow": 0}
+
+    def call(name, seconds):
+        calls[name] += 1
+        time.sleep(seconds)
+
+    found = timer.measure_host({"fast": lambda: call("fast", 0), "slow": lambda: call("slow", 0.01)}, "cuda:0")
+    assert calls == {"fast": 4 * (1 + timer.HOST_CALLS), "slow": 1 + timer.HOST_CALLS}
+    assert found["slow"] > 1e4 > found["fast"] > 0
 
 
 def test_nvml_is_asked_for_the_clock(monkeypatch):

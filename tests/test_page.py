@@ -149,6 +149,7 @@ def bench(path: pathlib.Path, **more) -> pathlib.Path:
     rows += [rows[0] | untimed, rows[0] | {"contender": "wrong one", "ok": False, "note": "wrong on fresh inputs"}]
     for N in (1024, 4096):
         rows.append(rows[0] | {"case": f"decode {N}", "direction": "decode", "M": 1, "N": N, "ms": 0.1, "tflops": 0.1})
+    rows.append(rows[0] | {"case": "a launch", "B": 1, "M": 64, "N": 64, "ms": 0.01, "tflops": 0.08})
     limits = {"tensor_tflops": 700.0, "special_function_gops": 4000.0, "memory_gbs": 3000.0}
     record.write(path, "bench", rows, set="training", limits=limits, **more)
     return path
@@ -171,6 +172,7 @@ def test_bench_records(tmp_path):
     assert "made up &lt;b&gt;1024&lt;/b&gt; 64" in build.build(found)
     assert "eager" not in json.dumps(drawn["roofline-0-forward-64"]) and "eager" in json.dumps(drawn["speed-0-forward-64"])
     assert "wrong one" not in json.dumps(drawn)
+    assert "a launch" not in json.dumps(drawn["roofline-0-forward-64"]) and "a launch" in body
 
 
 def test_special_functions_may_be_unknown(tmp_path):
