@@ -7,7 +7,7 @@
 //     out     [M, Dv] of those rows and columns
 //
 // A warpgroup has the logits of the next tile, of the next query block after a block's last, computed while the tensor cores still add
-// this one's A v, and weighs them meanwhile. Warpgroups take turns in starting products, so that one weighs while another multiplies.
+// this one's A v, and weighs them meanwhile. Warpgroups take turns in 2^s, of which a multiprocessor computes 16 a clock.
 #pragma once
 #include "hopper_forward_shared.cuh"
 
@@ -193,10 +193,12 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   auto weigh_tile = [&] {
     Run runs[1][2];
     const int visible = first_end + my_row - tile * C::BLOCK_N - q * C::RUN;
+    take_turn();
     if (tile >= first_end / C::BLOCK_N)
       absorb<true>(runs, s_rows, scale_log2, visible);
     else
       absorb<false>(runs, s_rows, scale_log2, 0);
+    pass_turn();
     weigh<C>(s_rows, runs, rows, tile, q);
     if (shape.skip_below > 0.f) {
       // NOTE: a warp whose rows have all used up their sticks takes what is left of them away: tiles that still come until the loader
@@ -211,10 +213,8 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
 
   if (enter()) {
     await_keys();
-    take_turn();
     wgmma_fence();
     start_logits();
-    pass_turn();
     wgmma_wait<0>();
     leave_keys();
     weigh_tile();
@@ -236,13 +236,11 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       }
       await_keys();
       const bool v_ready = barrier_test(shared_address(&shared.v_full[values.stage]), values.parity);
-      take_turn();
       wgmma_fence();
       start_logits();
       if (!v_ready) barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
       wgmma_fence();
       start_output(first);
-      pass_turn();
       wgmma_wait<1>();
       leave_keys();
       weigh_tile();
@@ -257,10 +255,8 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
 
     // The last one's output.
     barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
-    take_turn();
     wgmma_fence();
     start_output(first);
-    pass_turn();
     wgmma_wait<0>();
     release(shared.v_empty[values.stage]);
     store();
