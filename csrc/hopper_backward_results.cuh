@@ -5,7 +5,7 @@
 namespace sbk {
 namespace hopper_backward {
 
-// A block's half of dq to the warp that adds it up.
+// A block's half of dq, the n-th of all tiles, to the warp that adds it up.
 template <class C> SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq)[C::HEAD_DIM / 4], int half, int n, int lane) {
   barriers.wait(DQ_EMPTY + half, n % 2 ^ 1);
 #pragma unroll
@@ -27,44 +27,46 @@ SBK_FN void stage_sums(unsigned tile, int slab_bytes, unsigned stored, const flo
   }
 }
 
-// dk and dv of the half's keys: dv through the half's rows of v, which only its own products read, dk through a stage of q.
+// dk and dv of the half's keys, through its rows of v, which only its own products read, and of k, which both halves' do.
 template <class C>
-SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, int half, const float (&dk)[C::HEAD_DIM / 2], const float (&dv)[C::HEAD_DIM / 2]) {
+SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& work, int stage, int half, const float (&dk)[C::HEAD_DIM / 2], const float (&dv)[C::HEAD_DIM / 2]) {
   const unsigned stored = Thread(threadIdx.x % 128).stored;
-  const unsigned dv_tile = shared_address(s.v) + half * C::HALF_BYTES, dk_tile = shared_address(s.q[half]);
+  const unsigned dv_tile = shared_address(s.v[stage]) + half * C::HALF_BYTES, dk_tile = shared_address(s.k[stage]) + half * C::HALF_BYTES;
   stage_sums<C>(dv_tile, C::K_SLAB_BYTES, stored, dv, 1.f);
-  named_sync(BOTH_HALVES, 256);  // both are done with q
-  stage_sums<C>(dk_tile, C::Q_SLAB_BYTES, stored, dk, p.given.shape.scale);
+  named_sync(BOTH_HALVES, 256);  // both are done with k
+  stage_sums<C>(dk_tile, C::K_SLAB_BYTES, stored, dk, p.given.shape.scale);
   fence_async_shared();
   named_sync(OLDER_HALF + half, 128);
-  const Sequence at = s.work.at;
-  const int first = s.work.tile * C::BLOCK_N + half * C::HALF_N;
+  const Sequence at = work.at;
+  const int first = work.tile * C::BLOCK_N + half * C::HALF_N;
 #pragma unroll 1
   for (int i = 0; i < 2; i++) {  // dv, dk
     const unsigned from = i ? dk_tile : dv_tile;
-    const int slab_bytes = i ? C::Q_SLAB_BYTES : C::K_SLAB_BYTES;
     if (first + C::HALF_N > at.N) {
       using T = typename C::T;
       const Tensor& x = i ? p.given.dk : p.given.dv;
       const Rows<T> rows = {rows_of<T>(x, at, 1), x.stride_row, at.N, i ? p.given.shape.head_dim : p.given.shape.value_dim, first};
-      store_pieces<C::HALF_N, C::SLABS, KeyOrder<C::HALF_N>>(from, slab_bytes, rows, threadIdx.x % 128);
+      store_pieces<C::HALF_N, C::SLABS, KeyOrder<C::HALF_N>>(from, C::K_SLAB_BYTES, rows, threadIdx.x % 128);
     } else if (threadIdx.x % 128 == 0) {
-      store_keys<C::SLABS>(i ? p.dk : p.dv, from, slab_bytes, at.batch, at.head, (int)at.token + first);
+      store_keys<C::SLABS>(i ? p.dk : p.dv, from, C::K_SLAB_BYTES, at.batch, at.head, (int)at.token + first);
     }
   }
   bulk_commit();
-  bulk_wait<0>();
+  bulk_wait_read<0>();
+  named_sync(OLDER_HALF + half, 128);
 }
 
-// dk and dv of a tile that nobody visits, by the whole block.
-template <class C> SBK_FN void store_zeros(const HopperBackwardParams& p, const Work& work) {
+// dk and dv of a tile that nobody visits, by a warp.
+template <class C> SBK_FN void store_zeros(const HopperBackwardParams& p, const Work& work, int lane) {
   const int first = work.tile * C::BLOCK_N, rows = min(C::BLOCK_N, work.at.N - first);
-  for (int i = 0; i < 2; i++) {
-    const Tensor& x = i ? p.given.dk : p.given.dv;
-    const int pieces = (i ? p.given.shape.head_dim : p.given.shape.value_dim) / 8;
+#pragma unroll 1
+  for (int j = 0; j < 2; j++) {
+    const Tensor& x = j ? p.given.dk : p.given.dv;
+    const int pieces = (j ? p.given.shape.head_dim : p.given.shape.value_dim) / 8;
     typename C::T* to = rows_of<typename C::T>(x, work.at, 1) + first * x.stride_row;
-    for (int at = threadIdx.x; at < rows * pieces; at += C::THREADS)
-      *reinterpret_cast<uint4*>(to + at / pieces * x.stride_row + at % pieces * 8) = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+    for (int i = lane; i < rows * pieces; i += 32)
+      *reinterpret_cast<uint4*>(to + i / pieces * x.stride_row + i % pieces * 8) = make_uint4(0, 0, 0, 0);
   }
 }
 

@@ -12,7 +12,7 @@ template <typename T_, int HEAD_DIM_> struct HopperBackwardConfig {
   static constexpr int THREADS = 384;
   static constexpr int CONSUMER_REGISTERS = HEAD_DIM == 128 ? 240 : 232, PRODUCER_REGISTERS = HEAD_DIM == 128 ? 24 : 40;
   static_assert(128 * (2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS) <= registers_at_start(THREADS));
-  static constexpr int STAGES = 2, SLOTS = 4;  // of q and dout; of state
+  static constexpr int STAGES = 2, SLOTS = 4, KEY_STAGES = HEAD_DIM == 64 ? 2 : 1;  // of q and dout; of state; of k and v
   static constexpr int Q_SLAB_BYTES = BLOCK_M * SLAB_ROW_BYTES, K_SLAB_BYTES = BLOCK_N * SLAB_ROW_BYTES;
   static constexpr int Q_BYTES = SLABS * Q_SLAB_BYTES, K_BYTES = SLABS * K_SLAB_BYTES;
   static constexpr int HALF_BYTES = HALF_N * SLAB_ROW_BYTES;  // half the keys of a slab, and [BLOCK_M, HALF_N] of A or dz
@@ -24,8 +24,9 @@ namespace hopper_backward {
 
 // Barriers: FULL when something is there to be read, EMPTY when its place may be written again.
 enum BarrierName {
-  K_FULL, V_FULL,
-  Q_FULL, Q_EMPTY = Q_FULL + 2, DOUT_FULL = Q_EMPTY + 2, DOUT_EMPTY = DOUT_FULL + 2,  // by stage
+  WORK_FULL, WORK_EMPTY = WORK_FULL + 2,                                              // by place
+  K_FULL = WORK_EMPTY + 2, V_FULL = K_FULL + 2, KEYS_EMPTY = V_FULL + 2,              // by stage
+  Q_FULL = KEYS_EMPTY + 2, Q_EMPTY = Q_FULL + 2, DOUT_FULL = Q_EMPTY + 2, DOUT_EMPTY = DOUT_FULL + 2,  // by stage
   DZ_FULL = DOUT_EMPTY + 2, DZ_EMPTY = DZ_FULL + 2,                                   // by stage
   DQ_FULL = DZ_EMPTY + 2, DQ_EMPTY = DQ_FULL + 2,                                     // by half
   STATE_FULL = DQ_EMPTY + 2, STATE_EMPTY = STATE_FULL + 4,                            // by slot
@@ -40,18 +41,24 @@ SBK_FN int arrivals_of(int barrier) {
   const bool by_one_half = (barrier >= DQ_FULL && barrier < DQ_EMPTY) || (barrier >= EXCESS_FULL && barrier < NEXT_EMPTY);
   const bool by_a_warp = (barrier >= STATE_FULL && barrier < STATE_EMPTY) || barrier >= NEXT_EMPTY;
   if (by_both_halves || by_one_half || by_a_warp) return (by_both_halves ? 8 : by_one_half ? 4 : 1) * WARP_ARRIVALS;
-  return barrier <= V_FULL ? 2 : 1;  // a thread for each half of the tile; one
+  if (barrier >= WORK_EMPTY && barrier < K_FULL) return 11 * WARP_ARRIVALS;  // all but the one that loads
+  return barrier >= K_FULL && barrier < Q_FULL ? 2 : 1;                      // a thread for each half of the tile; one
 }
 enum NamedBarrier { ALL_THREADS, OLDER_HALF, NEWER_HALF, BOTH_HALVES };
 
 struct Work {
   Sequence at;  // its head: the key head
   int blocks;   // number of block 0 of the key head's first query head
-  int tile, first_block, steps;
+  int tile, first_block, steps;  // steps 0: there is no tile any more
+  int number, begin;             // tiles and steps of this block of threads before
+};
+
+struct Visit {
+  int head, block;  // of the key head's query heads; of the head's query blocks
 };
 
 template <class C> struct alignas(SWIZZLE_BYTES) Shared {
-  char k[C::K_BYTES], v[C::K_BYTES], q[C::STAGES][C::Q_BYTES], dout[C::STAGES][C::Q_BYTES];
+  char k[C::KEY_STAGES][C::K_BYTES], v[C::KEY_STAGES][C::K_BYTES], q[C::STAGES][C::Q_BYTES], dout[C::STAGES][C::Q_BYTES];
   char weights[2][C::HALF_BYTES], dz[C::STAGES][2][C::HALF_BYTES];  // [half]
   float dq[2][C::DQ_FLOATS];                                        // [half]: in the order of the product's registers
   // By slot and row; each row's lie equally far apart.
@@ -62,8 +69,9 @@ template <class C> struct alignas(SWIZZLE_BYTES) Shared {
   Barrier barriers[BARRIERS];
   int patience;  // directly behind the barriers
   int visible[C::STAGES];  // of the block whose q is there: keys of the tile that its first row sees, BLOCK_N or more for all
-  int ticket;
-  Work work;  // here too, since the consumers have no registers for it
+  Work work[2];            // this tile's and the next one's; no steps: the end
+  Work loading;            // the one whose rows are loaded ...
+  Visit visits[2];         // ... and the blocks that visit it, by step
 };
 
 // A wait that runs out is given up after this many tries: seconds.
@@ -73,7 +81,7 @@ constexpr int PATIENCE = 1 << 22;
 // NOTE: a trap would keep the compiler from giving the consumers more registers than a thread starts with.
 struct Barriers {
   unsigned address;
-  int* error;
+  const HopperBackwardParams& p;
 
   SBK_FN unsigned at(int barrier) const { return address + barrier * (int)sizeof(Barrier); }
   SBK_FN void arrive(int barrier, bool yes = true) const { barrier_arrive(at(barrier), yes); }
@@ -94,18 +102,15 @@ struct Barriers {
   }
   SBK_FN void give_up(int barrier) const {
     store_shared(at(BARRIERS), 1u);
-    atomicCAS(error, 0, barrier + 1);
+    atomicCAS(p.given.error, 0, barrier + 1);
   }
 };
 
 template <class C> SBK_FN Barriers barriers_of(Shared<C>& s, const HopperBackwardParams& p) {
   static_assert(offsetof(Shared<C>, patience) == offsetof(Shared<C>, barriers) + sizeof(s.barriers));
-  return {shared_address(s.barriers), p.given.error};
+  return {shared_address(s.barriers), p};
 }
 
-struct Visit {
-  int head, block;  // of the key head's query heads; of the head's query blocks
-};
 // Walks over the query blocks that visit the tile by a whole warp, 32 at a time: from the newest block to the diagonal, and for each
 // block over the query heads of the key head.
 // NOTE: in this order a tile can follow the next older one a single step behind. From the diagonal on it has to wait for three steps

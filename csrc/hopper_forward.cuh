@@ -1,60 +1,17 @@
 // Forward of stick-breaking attention on compute capability 9.0: equations (1) to (5), as forward.cuh, whose row step it shares.
 //
 //     grid    as many blocks as multiprocessors, each taking one query block after the other, longest first within a group of heads
-//     roles   one warp loads: q, and tiles of k and v in permuted key order into STAGES of shared memory; CONSUMERS warpgroups of
-//             64 query rows compute
+//     roles   one warp loads: q of this query block and the next, and tiles of k and v in permuted key order into STAGES of shared
+//             memory; CONSUMERS warpgroups of 64 query rows compute
 //     k, v    tiles of BLOCK_N keys from key 0 on; rows beyond M and N, and columns beyond D and Dv up to BLOCK_D, enter as zeros
 //     out     [M, Dv] of those rows and columns
 //
-// A warpgroup has the logits of the next tile computed while the tensor cores still add this one's A v, and weighs them meanwhile.
-// Warpgroups take turns in starting products, so that one weighs while another multiplies.
+// A warpgroup has the logits of the next tile, of the next query block after a block's last, computed while the tensor cores still add
+// this one's A v, and weighs them meanwhile. Warpgroups take turns in 2^s, of which a multiprocessor computes 16 a clock.
 #pragma once
-#include "forward.cuh"
-#include "hopper.cuh"
+#include "hopper_forward_shared.cuh"
 
 namespace sbk {
-
-template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_> struct HopperForwardConfig {
-  using T = T_;
-  static constexpr int BLOCK_D = BLOCK_D_, CONSUMERS = CONSUMERS_, STAGES = NUM_STAGES_;
-  static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = 128, THREADS = 128 * (CONSUMERS + 1);
-  static constexpr int MT = 1, NT = BLOCK_N / 8, RUN = BLOCK_N / 4;
-  using Run = LinearRun<RUN>;
-  static constexpr int SLABS = BLOCK_D / SLAB_COLUMNS;
-  static constexpr int Q_SLAB = BLOCK_M * SLAB_ROW_BYTES, KEY_SLAB = BLOCK_N * SLAB_ROW_BYTES;
-  static constexpr int Q_BYTES = SLABS * Q_SLAB, KEY_BYTES = SLABS * KEY_SLAB;
-  // Of a thread, in eights.
-  static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
-  static_assert(128 * (CONSUMERS * CONSUMER_REGISTERS + LOADER_REGISTERS) <= registers_at_start(THREADS));
-};
-
-template <class C> struct HopperForwardShared {
-  alignas(SWIZZLE_BYTES) unsigned char q[C::Q_BYTES];
-  alignas(SWIZZLE_BYTES) unsigned char k[C::STAGES][C::KEY_BYTES];
-  alignas(SWIZZLE_BYTES) unsigned char v[C::STAGES][C::KEY_BYTES];
-  Barrier q_full, q_empty;
-  Barrier k_full[C::STAGES], k_empty[C::STAGES], v_full[C::STAGES], v_empty[C::STAGES];
-  int work;                             // number of the query block in q; beyond the last one: the end
-  int stop[C::STAGES];                  // whether the stage of k holds no tile but the end of an early stop
-  int used_up[4 * C::CONSUMERS];        // by warp: 1 + the work in which its rows have used up their sticks; read at any time
-};
-
-// Tries of a wait inside a block: seconds. It only ends so if something else went wrong.
-constexpr int WAIT_LIMIT = 1 << 24;
-
-// A ring of stages: which is next, and the parity of its phase.
-template <int STAGES> struct Ring {
-  int stage = 0, parity = 0;
-  SBK_FN void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
-
-// One query block: which, and which key tiles it sees.
-struct Work {
-  Sequence at;
-  int m_begin, first_end, tiles_seen;
-};
 
 template <class C> SBK_FN Work work_of(const HopperForwardParams& p, int index) {
   const Shape& shape = p.forward.shape;
@@ -62,6 +19,7 @@ template <class C> SBK_FN Work work_of(const HopperForwardParams& p, int index) 
   const int group = index / (p.head_group * m_blocks), in_group = min(p.head_group, heads - group * p.head_group);
   const int within = index - group * p.head_group * m_blocks, head = group * p.head_group + within % in_group;
   Work work;
+  work.index = index;
   work.at = sequence_of(shape, head / shape.heads, head % shape.heads);
   work.m_begin = (m_blocks - 1 - within / in_group) * C::BLOCK_M;
   work.first_end = first_invisible(shape, work.at, work.m_begin);
@@ -73,6 +31,7 @@ template <class C> SBK_FN Work work_of(const HopperForwardParams& p, int index) 
 template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperForwardShared<C>& shared, int works, int lane) {
   using T = typename C::T;
   const Shape& shape = p.forward.shape;
+  Ring<2> blocks;
   Ring<C::STAGES> keys, values;
   auto load_tile = [&](unsigned char* tile, const MappedKeys& mapped, const Tensor& x, int width, const Sequence& at, Barrier& full, int n_tile) {
     const int first = n_tile * C::BLOCK_N;
@@ -85,19 +44,31 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
       load_keys<C::SLABS>(mapped, shared_address(tile), C::KEY_SLAB, at.batch, at.head / shape.group, (int)at.token + first, barrier);
     }
   };
-  for (int q_parity = 1;; q_parity ^= 1) {
-    // Take the next query block that is there; the consumers have read the last one's number with its last products of q.
-    barrier_wait(shared_address(&shared.q_empty), q_parity, WAIT_LIMIT);
+  // Values follow a tile behind, so that the first keys of the next query block are asked for before the last values of this one.
+  Sequence last;
+  int last_tile = -1;
+  auto load_values = [&] {
+    if (last_tile < 0) return;
+    barrier_wait(shared_address(&shared.v_empty[values.stage]), values.parity ^ 1, WAIT_LIMIT);
+    load_tile(shared.v[values.stage], p.v, p.forward.v, shape.value_dim, last, shared.v_full[values.stage], last_tile);
+    values.advance();
+    last_tile = -1;
+  };
+  for (;; blocks.advance()) {
+    // Take the next query block that is there.
+    barrier_wait(shared_address(&shared.q_empty[blocks.stage]), blocks.parity ^ 1, WAIT_LIMIT);
     int w;
     Work work;
     do {
       w = __shfl_sync(ALL_LANES, lane == 0 ? atomicAdd(p.forward.ticket, 1) : 0, 0);
       work = work_of<C>(p, min(w, works - 1));
     } while (w < works && work.m_begin >= work.at.M);
-    const unsigned q_full = shared_address(&shared.q_full);
-    if (lane == 0) shared.work = w;
+    if (w >= works) work.tiles_seen = 0;
+    if (lane == 0) shared.work[blocks.stage] = work;
+    const unsigned q_full = shared_address(&shared.q_full[blocks.stage]);
     if (w >= works) {
       barrier_arrive(q_full, lane == 0);
+      load_values();
       break;
     }
     const Sequence& at = work.at;
@@ -105,7 +76,8 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
       barrier_arrive_expecting(q_full, C::Q_BYTES);
 #pragma unroll
       for (int slab = 0; slab < C::SLABS; slab++)
-        load_box(shared_address(shared.q) + slab * C::Q_SLAB, &p.q, q_full, slab * SLAB_COLUMNS, (int)at.token + work.m_begin, at.head, at.batch);
+        load_box(shared_address(shared.q[blocks.stage]) + slab * C::Q_SLAB, &p.q, q_full, slab * SLAB_COLUMNS, (int)at.token + work.m_begin, at.head,
+                 at.batch);
     }
 
     for (int tile = work.tiles_seen - 1; tile >= 0; tile--) {
@@ -121,9 +93,9 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
       }
       load_tile(shared.k[keys.stage], p.k, p.forward.k, shape.head_dim, at, shared.k_full[keys.stage], tile);
       keys.advance();
-      barrier_wait(shared_address(&shared.v_empty[values.stage]), values.parity ^ 1, WAIT_LIMIT);
-      load_tile(shared.v[values.stage], p.v, p.forward.v, shape.value_dim, at, shared.v_full[values.stage], tile);
-      values.advance();
+      load_values();
+      last = at;
+      last_tile = tile;
     }
   }
 }
@@ -137,132 +109,157 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
   const int warp_row = consumer * 64 + warp * 16, my_row = warp_row + lane / 4;
   const float scale_log2 = shape.scale * LOG2_E;
-  const uint64 q_rows = operand(shared_address(shared.q) + consumer * 64 * SLAB_ROW_BYTES, 16);
+  Ring<2> blocks;
   Ring<C::STAGES> keys, values;
   // Turns: barrier 1 + i is consumer i's, and starts with the first.
   auto take_turn = [&] { named_sync(1 + consumer, 256); };
   auto pass_turn = [&] { named_arrive(1 + (consumer + 1) % C::CONSUMERS, 256); };
+  auto release = [&](Barrier& empty) { barrier_arrive(shared_address(&empty), arrives(lane)); };
+  auto same = [](int x) { return __shfl_sync(ALL_LANES, x, 0); };  // of all lanes, as the compiler has to know of what a branch depends on
   if (consumer == C::CONSUMERS - 1) pass_turn();
 
-  for (int q_parity = 0;; q_parity ^= 1) {
-    barrier_wait(shared_address(&shared.q_full), q_parity, WAIT_LIMIT);
-    const int w = __shfl_sync(ALL_LANES, shared.work, 0);
-    if (w >= works) break;
-    const Work work = work_of<C>(p, w);
-    float s[C::BLOCK_N / 2], out[C::BLOCK_D / 2];
-    auto& s_rows = reinterpret_cast<float(&)[1][C::NT][4]>(s);
-    unsigned weights[1][C::NT / 2][4];
-    ForwardRow rows[1][2];
+  float s[C::BLOCK_N / 2], out[C::BLOCK_D / 2];
+  auto& s_rows = reinterpret_cast<float(&)[1][C::NT][4]>(s);
+  unsigned weights[1][C::NT / 2][4];
+  ForwardRow rows[1][2];
+  int first_end, tile;
+  bool k_ready = false;
+
+  // The next query block, if there is one, and its newest tile.
+  auto enter = [&] {
+    barrier_wait(shared_address(&shared.q_full[blocks.stage]), blocks.parity, WAIT_LIMIT);
+    const Work& work = shared.work[blocks.stage];
+    first_end = same(work.first_end);
+    const int tiles_seen = same(work.tiles_seen), rows_left = work.at.M - work.m_begin;
 #pragma unroll
-    for (int h = 0; h < 2; h++) rows[0][h] = {work.m_begin + my_row + h * 8 < work.at.M ? Run::WHOLE : Run::NONE, Run::WHOLE, work.tiles_seen};
-
-    auto start_logits = [&] {
-      const uint64 k_tile = operand(shared_address(shared.k[keys.stage]), 16);
-#pragma unroll
-      for (int k = 0; k < C::BLOCK_D / 16; k++) {
-        const uint64 a = q_rows + along_k(k, C::Q_SLAB), b = k_tile + along_k(k, C::KEY_SLAB);
-        if (k == 0)
-          Logits::template set<ALONG_K, ALONG_K>(s, a, b);
-        else
-          Logits::template add<ALONG_K, ALONG_K>(s, a, b, 1);
-      }
-      wgmma_commit();
-    };
-    auto start_output = [&](bool first) {
-      const uint64 v_tile = operand(shared_address(shared.v[values.stage]), C::KEY_SLAB);
-#pragma unroll
-      for (int k = 0; k < C::BLOCK_N / 16; k++) Output::template add<ACROSS_K>(out, weights[0][k], v_tile + across_k(k), k > 0 || !first);
-      wgmma_commit();
-    };
-    auto release = [&](Barrier& empty) { barrier_arrive(shared_address(&empty), arrives(lane)); };
-    auto weigh_tile = [&](int tile) {
-      Run runs[1][2];
-      const int visible = work.first_end + my_row - tile * C::BLOCK_N - q * C::RUN;
-      if (tile >= work.first_end / C::BLOCK_N)
-        absorb<true>(runs, s_rows, scale_log2, visible);
-      else
-        absorb<false>(runs, s_rows, scale_log2, 0);
-      weigh<C>(s_rows, runs, rows, tile, q);
-      if (shape.skip_below > 0.f) {
-        // NOTE: a warp whose rows have all used up their sticks takes what is left of them away: tiles that still come until the loader
-        // knows would else change results, and how many do is a matter of time.
-        const bool used_up = Run::stick(rows[0][0].carry) < shape.skip_below && Run::stick(rows[0][1].carry) < shape.skip_below;  // not NaN
-        if (__all_sync(ALL_LANES, used_up)) {
-          rows[0][0].carry = rows[0][1].carry = Run::NONE;
-          if (lane == 0) atomicExch(&shared.used_up[consumer * 4 + warp], w + 1);
-        }
-      }
-    };
-
-    // The newest tile.
-    barrier_wait(shared_address(&shared.k_full[keys.stage]), keys.parity, WAIT_LIMIT);
-    take_turn();
-    wgmma_fence();
-    start_logits();
-    pass_turn();
-    wgmma_wait<0>();
-    release(shared.k_empty[keys.stage]);
-    keys.advance();
-    weigh_tile(work.tiles_seen - 1);
-    to_operand<T>(weights, s_rows);
-
-    // Each older one: its logits and the last one's output are under way together.
-    bool first = true, k_ready = false;
-#pragma unroll 1
-    for (int tile = work.tiles_seen - 2; tile >= 0; tile--) {
-      if (!k_ready) barrier_wait(shared_address(&shared.k_full[keys.stage]), keys.parity, WAIT_LIMIT);
-      if (shape.skip_below > 0.f && __shfl_sync(ALL_LANES, shared.stop[keys.stage], 0)) {
-        release(shared.k_empty[keys.stage]);
-        keys.advance();
-        break;
-      }
-      const bool v_ready = barrier_test(shared_address(&shared.v_full[values.stage]), values.parity);
-      take_turn();
-      wgmma_fence();
-      start_logits();
-      if (!v_ready) barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
-      wgmma_fence();
-      start_output(first);
-      pass_turn();
-      first = false;
-      wgmma_wait<1>();
-      release(shared.k_empty[keys.stage]);
-      keys.advance();
-      weigh_tile(tile);
-      k_ready = barrier_test(shared_address(&shared.k_full[keys.stage]), keys.parity);
-      wgmma_wait<0>();
-      release(shared.v_empty[values.stage]);
-      values.advance();
-      to_operand<T>(weights, s_rows);
-    }
-
-    // The last one's output.
-    release(shared.q_empty);
-    barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
-    take_turn();
-    wgmma_fence();
-    start_output(first);
-    pass_turn();
-    wgmma_wait<0>();
-    release(shared.v_empty[values.stage]);
-    values.advance();
-
-    // Store.
-    const int rows_left = work.at.M - work.m_begin;
-    const Tensor& target = p.forward.out;
-    store_rows(rows_of<T>(target, work.at, 1) + work.m_begin * target.stride_row, target.stride_row,
-               reinterpret_cast<float(&)[1][C::BLOCK_D / 8][4]>(out), shape.value_dim, 1, lane,
-               [&](int row) { return warp_row + row < rows_left ? warp_row + row : -1; });
+    for (int h = 0; h < 2; h++) rows[0][h] = {my_row + h * 8 < rows_left ? Run::WHOLE : Run::NONE, Run::WHOLE, tiles_seen};
+    tile = tiles_seen - 1;
+    return tiles_seen > 0;
+  };
+  // What is known of a query block once its last tile is weighed; then the next one's turn comes.
+  auto leave = [&] {
+    const Work& work = shared.work[blocks.stage];
     const int64 statistic = statistic_of(shape, work.at) + work.m_begin;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int row = my_row + h * 8;
-      if (q == 0 && row < rows_left) {
+      if (q == 0 && work.m_begin + row < work.at.M) {
         p.forward.remainder[statistic + row] = Run::stick(rows[0][h].carry);
         if (p.forward.oldest_carry != nullptr) p.forward.oldest_carry[statistic + row] = rows[0][h].oldest_carry;
         if (p.forward.oldest_tile != nullptr) p.forward.oldest_tile[statistic + row] = rows[0][h].oldest_tile;
       }
     }
+    blocks.advance();
+  };
+  // The output of the block before.
+  auto store = [&] {
+    const Work& work = shared.work[blocks.stage ^ 1];
+    const Tensor& target = p.forward.out;
+    const int rows_left = work.at.M - work.m_begin;
+    store_rows(rows_of<T>(target, work.at, 1) + work.m_begin * target.stride_row, target.stride_row,
+               reinterpret_cast<float(&)[1][C::BLOCK_D / 8][4]>(out), shape.value_dim, 1, lane,
+               [&](int row) { return warp_row + row < rows_left ? warp_row + row : -1; });
+    __syncwarp();
+    release(shared.q_empty[blocks.stage ^ 1]);
+  };
+  auto await_keys = [&] {
+    if (!k_ready) barrier_wait(shared_address(&shared.k_full[keys.stage]), keys.parity, WAIT_LIMIT);
+    k_ready = true;
+  };
+  auto leave_keys = [&] {
+    release(shared.k_empty[keys.stage]);
+    keys.advance();
+    k_ready = false;
+  };
+  auto start_logits = [&] {
+    const uint64 q_rows = operand(shared_address(shared.q[blocks.stage]) + consumer * 64 * SLAB_ROW_BYTES, 16);
+    const uint64 k_tile = operand(shared_address(shared.k[keys.stage]), 16);
+#pragma unroll
+    for (int k = 0; k < C::BLOCK_D / 16; k++) {
+      const uint64 a = q_rows + along_k(k, C::Q_SLAB), b = k_tile + along_k(k, C::KEY_SLAB);
+      if (k == 0)
+        Logits::template set<ALONG_K, ALONG_K>(s, a, b);
+      else
+        Logits::template add<ALONG_K, ALONG_K>(s, a, b, 1);
+    }
+    wgmma_commit();
+  };
+  auto start_output = [&](bool first) {
+    const uint64 v_tile = operand(shared_address(shared.v[values.stage]), C::KEY_SLAB);
+#pragma unroll
+    for (int k = 0; k < C::BLOCK_N / 16; k++) Output::template add<ACROSS_K>(out, weights[0][k], v_tile + across_k(k), k > 0 || !first);
+    wgmma_commit();
+  };
+  auto weigh_tile = [&] {
+    Run runs[1][2];
+    const int visible = first_end + my_row - tile * C::BLOCK_N - q * C::RUN;
+    take_turn();
+    if (tile >= first_end / C::BLOCK_N)
+      absorb<true>(runs, s_rows, scale_log2, visible);
+    else
+      absorb<false>(runs, s_rows, scale_log2, 0);
+    pass_turn();
+    weigh<C>(s_rows, runs, rows, tile, q);
+    if (shape.skip_below > 0.f) {
+      // NOTE: a warp whose rows have all used up their sticks takes what is left of them away: tiles that still come until the loader
+      // knows would else change results, and how many do is a matter of time.
+      const bool used_up = Run::stick(rows[0][0].carry) < shape.skip_below && Run::stick(rows[0][1].carry) < shape.skip_below;  // not NaN
+      if (__all_sync(ALL_LANES, used_up)) {
+        rows[0][0].carry = rows[0][1].carry = Run::NONE;
+        if (lane == 0) atomicExch(&shared.used_up[consumer * 4 + warp], shared.work[blocks.stage].index + 1);
+      }
+    }
+  };
+
+  if (enter()) {
+    await_keys();
+    wgmma_fence();
+    start_logits();
+    wgmma_wait<0>();
+    leave_keys();
+    weigh_tile();
+    to_operand<T>(weights, s_rows);
+
+    // Each next tile: its logits and the last one's output are under way together.
+    bool first = true;
+#pragma unroll 1
+    for (;;) {
+      bool ended = tile-- == 0;
+      if (!ended && shape.skip_below > 0.f) {
+        await_keys();
+        ended = same(shared.stop[keys.stage]);
+        if (ended) leave_keys();
+      }
+      if (ended) {
+        leave();
+        if (!enter()) break;
+      }
+      await_keys();
+      const bool v_ready = barrier_test(shared_address(&shared.v_full[values.stage]), values.parity);
+      wgmma_fence();
+      start_logits();
+      if (!v_ready) barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
+      wgmma_fence();
+      start_output(first);
+      wgmma_wait<1>();
+      leave_keys();
+      weigh_tile();
+      k_ready = barrier_test(shared_address(&shared.k_full[keys.stage]), keys.parity);
+      wgmma_wait<0>();
+      release(shared.v_empty[values.stage]);
+      values.advance();
+      to_operand<T>(weights, s_rows);
+      if (ended) store();
+      first = ended;
+    }
+
+    // The last one's output.
+    barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
+    wgmma_fence();
+    start_output(first);
+    wgmma_wait<0>();
+    release(shared.v_empty[values.stage]);
+    store();
   }
   if (consumer == 0) take_turn();
 }
@@ -277,12 +274,14 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
   const int role = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);  // NOTE: so that the compiler knows it to be uniform
 
   if (threadIdx.x == 0) {
-    barrier_init(shared_address(&shared.q_full), 1);
-    barrier_init(shared_address(&shared.q_empty), 4 * C::CONSUMERS * WARP_ARRIVALS);
+    for (int i = 0; i < 2; i++) {
+      barrier_init(shared_address(&shared.q_full[i]), 1);
+      barrier_init(shared_address(&shared.q_empty[i]), 4 * C::CONSUMERS * WARP_ARRIVALS);
+    }
     for (int i = 0; i < C::STAGES; i++) {
       barrier_init(shared_address(&shared.k_full[i]), 1);
-      barrier_init(shared_address(&shared.v_full[i]), 1);
       barrier_init(shared_address(&shared.k_empty[i]), 4 * C::CONSUMERS * WARP_ARRIVALS);
+      barrier_init(shared_address(&shared.v_full[i]), 1);
       barrier_init(shared_address(&shared.v_empty[i]), 4 * C::CONSUMERS * WARP_ARRIVALS);
     }
     fence_barrier_init();

@@ -114,7 +114,7 @@ template <int BLOCK_D> void hopper_backward() {
 template <int D> bool add_all() {
 #ifdef SBK_SM90A
   if constexpr (D <= 128) {
-    hopper_forward<D, 2, 2>();
+    hopper_forward<D, 2, D == 64 ? 3 : 2>();
     hopper_backward<D>();
   }
 #endif

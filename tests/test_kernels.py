@@ -108,7 +108,7 @@ def test_hopper_says_what_it_does_not_cover(on, change, says):
     assert backend.default_config(p).HOPPER == (says is None) == backend.default_config(p.reversed()).HOPPER
     assert not backend.variants(p)["portable"].HOPPER
     assert (why_not(backend, "portable", p) == "") == (says is None) and why_not(backend, "", p) == ""
-    config = backend.default_config(problem())
+    config = backend.default_config(problem((p.head_dim, p.head_dim)))
     assert (backend.illegal(p, config) is None) == (says is None)
     on((8, 0))
     assert "9.0" in hopper.not_covered(p)
@@ -130,20 +130,39 @@ def test_explain_says_which_kernels(on, monkeypatch, capsys, capability, head_di
     assert printed.count(says) == 2 and ("portable" in printed) == ("Hopper's" not in says)
 
 
-def test_packed_sequences_have_blocks_of_their_own(on, monkeypatch):
-    """One launch of each kernel, whatever the workspace; scratch for as many blocks as sequences of any lengths may have."""
+@pytest.mark.parametrize("workspace", [1, 99, 200, 10**6], ids="{} bytes".format)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_backwards_keep_to_the_workspace(on, monkeypatch, packed, workspace):
+    """Each (batch entry, key head) once, with its query heads, and scratch for no more of them than fit, but for one."""
     on((9, 0))
     monkeypatch.setattr(hopper, "error_flag", lambda _: torch.zeros(1, dtype=torch.int32))
-    monkeypatch.setenv("SBKERNELS_WORKSPACE", "1")
-    cuts, asked = torch.tensor([0, 300, 300, 700, 701], dtype=torch.int32), []
-    q, statistic = torch.zeros(1, 2, 701, 64, dtype=torch.float16), torch.zeros(1, 2, 701)
-    p = problem(batch=4, heads=2, kv_heads=2, queries=400, keys=400, varlen=True, dtype="float16", tokens=701, device="cpu")
-    call = base.Call(p, q, q, q, 0.125, 0.0, cuts)
-    arguments = (statistic, statistic, statistic, q, statistic, q, q, q)
-    found = list(hopper.plan_backward(call, lambda blocks: asked.append(blocks) or 4 * blocks, *arguments))
-    assert [launch.kernel for launch in found] == ["hopper_backward_begin", "hopper_backward", "hopper_backward_end"]
-    assert [launch.grid for launch in found] == [4 * 2 * 7 // 8, 4 * 2 * 4, 4 * 2 * 7]
-    assert asked == [2 * (701 // 64 + 4)] and asked[0] >= 2 * sum(-(-n // 64) for n in (300, 0, 400, 1))
+    monkeypatch.setenv("SBKERNELS_WORKSPACE", str(workspace))
+    B, H, Hk, M = (1, 6, 3, 701) if packed else (3, 6, 3, 400)
+    sizes = dict(batch=4, queries=400, keys=400, varlen=True, tokens=701) if packed else dict(batch=B, queries=M, keys=M)
+    p = problem(heads=H, kv_heads=Hk, dtype="float16", device="cpu", **sizes)
+    q, k = (torch.zeros(B, heads, M, 64, dtype=torch.float16) for heads in (H, Hk))
+    cuts, statistic, asked = torch.tensor([0, 300, 300, 700, 701], dtype=torch.int32) if packed else None, torch.zeros(B, H, M), []
+    arguments = (statistic, statistic, statistic, q, statistic, q, k, k)
+    call = base.Call(p, q, k, k, 0.125, 0.0, cuts)
+    found = list(hopper.plan_backward(call, lambda blocks: asked.append(blocks) or blocks, *arguments))
+    a_head = 2 * (701 // 64 + 4) if packed else 2 * 7
+    assert not packed or a_head >= 2 * sum(-(-n // 64) for n in (300, 0, 400, 1))
+    assert a_head <= max(asked) <= max(workspace, a_head) and max(asked) % a_head == 0
+
+    seen = []
+    for begin, chain, end in zip(found[::3], found[1::3], found[2::3], strict=True):
+        assert [x.kernel for x in (begin, chain, end)] == ["hopper_backward_begin", "hopper_backward", "hopper_backward_end"]
+        assert begin.params == chain.params == end.params
+        values = launches.HOPPER_BACKWARD_ARGUMENTS.unpack(chain.params)
+        entries, heads, group = values[29:32]
+        assert group == 2 and chain.grid == min(entries * heads // 2 * 4, 100) and end.grid == entries * heads * 7
+        assert begin.grid == -(-end.grid // 8) and (packed or entries * heads // 2 * a_head <= max(asked))
+        at = [((address - x.data_ptr()) // 2 // (M * 64)) for address, x in zip(values[:28:4], (q, k, k, q, q, k, k), strict=True)]
+        rows = [(address - statistic.data_ptr()) // 4 // M for address in values[-6:-2]]
+        first = at[1]
+        assert at == [2 * first, first, first, 2 * first, 2 * first, first, first] and rows == [2 * first] * 4
+        seen += range(first, first + heads // 2 * (1 if packed else entries))
+    assert seen == list(range(B * Hk))
 
 
 @pytest.mark.parametrize(("layout", "as_is"), [(layout, layout != "broadcast") for layout in inputs.LAYOUTS])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import torch
 
@@ -72,31 +73,44 @@ def prepare_forward(call: Call, kernel, config: CudaForward, out) -> PreparedFor
 
 
 def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
-    """The backward's launches, for as many batch entries at a time as the workspace has scratch for, at least one.
+    """The backward's launches, for as many batch entries, or key heads of one, at a time as the workspace has scratch for.
 
-    scratch_bytes(blocks): what so many blocks of BLOCK_M query rows take.
+    scratch_bytes(blocks): what so many blocks of BLOCK_M query rows take. At least a key head is taken at a time.
     """
     problem, error = call.problem, error_flag(call.q.device)
-    blocks = problem.heads * ceil_div(problem.queries, BLOCK_M)  # of a batch entry
+    group, head_blocks = problem.group, ceil_div(problem.queries, BLOCK_M)
     if problem.varlen:  # one entry; each sequence has blocks of its own
-        entries, scratch_blocks = problem.batch, problem.heads * (problem.tokens // BLOCK_M + problem.batch)
+        batch, scratch_blocks = 1, group * (problem.tokens // BLOCK_M + problem.batch)
     else:
-        entries = min(problem.batch, max(1, env.workspace() // scratch_bytes(blocks)))
-        scratch_blocks = entries * blocks
-    scratch = allocate((ceil_div(scratch_bytes(scratch_blocks), 4),), remainder, torch.int32)
-    tensors = (*(mappable(x) for x in (call.q, call.k, call.v, dout)), dq, dk, dv)
-    for first in range(0, problem.batch, entries):
-        here = slice(None) if problem.varlen else slice(first, first + entries)
-        part = call._replace(problem=dataclasses.replace(problem, batch=min(entries, problem.batch - first)))
+        batch, scratch_blocks = problem.batch, group * head_blocks
+    fit = max(1, env.workspace() // scratch_bytes(scratch_blocks))  # key heads
+    heads, entries = min(fit, problem.kv_heads), min(max(1, fit // problem.kv_heads), batch)
+    scratch = allocate((ceil_div(scratch_bytes(entries * heads * scratch_blocks), 4),), remainder, torch.int32)
+    q, k, v, dout = (mappable(x) for x in (call.q, call.k, call.v, dout))
+    whole = heads == problem.kv_heads and entries == batch
+    for entry, head in itertools.product(range(0, batch, entries), range(0, problem.kv_heads, heads)):
+        n, here = min(heads, problem.kv_heads - head), slice(entry, entry + entries)
+
+        def of_keys(*tensors, here=here, head=head, n=n):
+            return tensors if whole else [x[here, head : head + n] for x in tensors]
+
+        def of_queries(*tensors, here=here, head=head, n=n):
+            return tensors if whole else [x[here, head * group : (head + n) * group] for x in tensors]
+
+        part = dataclasses.replace(
+            problem, batch=problem.batch if problem.varlen else min(entries, batch - entry), heads=n * group, kv_heads=n
+        )
+        tensors = *of_queries(q), *of_keys(k, v), *of_queries(dout, dq), *of_keys(dk, dv)
         packed = launches.HOPPER_BACKWARD_ARGUMENTS.pack(
-            *(value for x in tensors for value in launches.pack_tensor(x[here])),
-            *launches.pack_shape(part, True),
-            *(x[here].data_ptr() for x in (remainder, dremainder, oldest_carry, oldest_tile)),
+            *(value for x in tensors for value in launches.pack_tensor(x)),
+            *launches.pack_shape(call._replace(problem=part), True),
+            *(x.data_ptr() for x in of_queries(remainder, dremainder, oldest_carry, oldest_tile)),
             scratch.data_ptr(), error.data_ptr(),
         )  # fmt: skip
-        yield Launch("hopper_backward_begin", ceil_div(part.problem.batch * blocks, 8), packed)
-        yield Launch("hopper_backward", part.problem.batch * problem.kv_heads * ceil_div(problem.keys, BLOCK_N), packed)
-        yield Launch("hopper_backward_end", part.problem.batch * blocks, packed)
+        blocks, tiles = part.batch * part.heads * head_blocks, part.batch * n * ceil_div(problem.keys, BLOCK_N)
+        yield Launch("hopper_backward_begin", ceil_div(blocks, 8), packed)
+        yield Launch("hopper_backward", min(tiles, launches.multiprocessors(problem.device)), packed)
+        yield Launch("hopper_backward_end", blocks, packed)
 
 
 @functools.cache
