@@ -9,7 +9,7 @@ namespace hopper_backward {
 // NOTE: what is known of it goes through shared memory at once, since there are no registers for it.
 template <class C> SBK_FN void take_tile(const HopperBackwardParams& p, Work& work, int lane) {
   const Shape& shape = p.given.shape;
-  for (;;) {
+  for (;; __syncwarp()) {  // lane 0 writes what the others have read
     if (lane == 0) {
       int tiles = ceil_div(shape.keys, C::BLOCK_N), key_heads = shape.heads / shape.group;
       asm volatile("" : "+r"(tiles), "+r"(key_heads));
@@ -43,7 +43,6 @@ template <class C> SBK_FN void take_tile(const HopperBackwardParams& p, Work& wo
       return;
     }
     store_zeros<C>(p, work, lane);
-    __syncwarp();
   }
 }
 
