@@ -164,7 +164,7 @@ def test_backwards_keep_to_the_workspace(on, monkeypatch, packed, workspace):
         seen += range(first, first + heads // 2 * (1 if packed else entries))
         sizes.append(heads * entries)
     assert seen == list(range(B * Hk))
-    assert max(sizes) - min(sizes) < len(sizes) * 2  # none has much less to do than another
+    assert max(sizes) - min(sizes) < len(sizes) * (H if heads == H else 2)  # of batch entries, or of key heads
 
 
 @pytest.mark.parametrize(("layout", "as_is"), [(layout, layout != "broadcast") for layout in inputs.LAYOUTS])
