@@ -10,7 +10,7 @@ template <typename T_, int HEAD_DIM_> struct HopperBackwardConfig {
   static constexpr int HEAD_DIM = HEAD_DIM_, BLOCK_M = HOPPER_BLOCK_M, BLOCK_N = HOPPER_BLOCK_N;
   static constexpr int HALF_N = BLOCK_N / 2, RUN = HALF_N / 4, SLABS = HEAD_DIM / SLAB_COLUMNS;
   static constexpr int THREADS = 384;
-  static constexpr int CONSUMER_REGISTERS = HEAD_DIM == 128 ? 240 : 232, PRODUCER_REGISTERS = HEAD_DIM == 128 ? 24 : 40;
+  static constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
   static_assert(128 * (2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS) <= registers_at_start(THREADS));
   static constexpr int STAGES = 2, SLOTS = 4, KEY_STAGES = HEAD_DIM == 64 ? 2 : 1;  // of q and dout; of state; of k and v
   static constexpr int Q_SLAB_BYTES = BLOCK_M * SLAB_ROW_BYTES, K_SLAB_BYTES = BLOCK_N * SLAB_ROW_BYTES;
