@@ -84,8 +84,8 @@ def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_til
     else:
         batch, scratch_blocks = problem.batch, group * head_blocks
     fit = max(1, env.workspace() // scratch_bytes(scratch_blocks))  # key heads
-    heads, entries = min(fit, problem.kv_heads), min(max(1, fit // problem.kv_heads), batch)
-    heads, entries = (ceil_div(all, ceil_div(all, most)) for all, most in ((problem.kv_heads, heads), (batch, entries)))  # of a size
+    heads = ceil_div(problem.kv_heads, ceil_div(problem.kv_heads, fit))  # parts of equal size
+    entries = ceil_div(batch, ceil_div(batch, max(1, fit // problem.kv_heads)))
     scratch = allocate((ceil_div(scratch_bytes(entries * heads * scratch_blocks), 4),), remainder, torch.int32)
     q, k, v, dout = (mappable(x) for x in (call.q, call.k, call.v, dout))
     whole = heads == problem.kv_heads and entries == batch
