@@ -8,9 +8,9 @@
 //     step        one block of BLOCK_M queries of one query head that visits the tile, see VisitingBlocks
 //
 // A query block's chain runs from its oldest visited tile to the newest, one tile after the other: two floats a row, `state` in
-// global memory. Tickets go out tile after tile within a group of heads, and a block takes its tiles in their order, so whoever is waited
-// for is under way, or behind tiles that wait for none later, whatever order the hardware starts blocks in. In the tile each thread walks its run of keys from the oldest to the newest, with left = stick left
-// after the key:
+// global memory. Tickets go out tile after tile within a group of heads, and a block takes its tiles in their order, so whoever is
+// waited for is under way, or behind tiles that wait for none later, whatever order the hardware starts blocks in. In the tile each
+// thread walks its run of keys from the oldest to the newest, with left = stick left after the key:
 //
 //     A = left e,  x = left dA,  left += A;  a = e x,  dz = beta (x - older sum of a)
 //

@@ -12,7 +12,7 @@ template <class C> SBK_FN void take_tile(const HopperBackwardParams& p, Work& wo
   for (;; __syncwarp()) {  // lane 0 writes what the others have read
     if (lane == 0) {
       int tiles = ceil_div(shape.keys, C::BLOCK_N), key_heads = shape.heads / shape.group;
-      asm volatile("" : "+r"(tiles), "+r"(key_heads));
+      asm volatile("" : "+r"(tiles), "+r"(key_heads));  // NOTE: else divisions by them are prepared, and kept, ahead of the loop
       const int all = shape.batch * key_heads;
       const int ticket = atomicAdd(p.ticket, 1);
       const int group = ticket / (p.heads_per_group * tiles), heads = min(p.heads_per_group, all - group * p.heads_per_group);

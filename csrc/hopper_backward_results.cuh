@@ -29,7 +29,8 @@ SBK_FN void stage_sums(unsigned tile, int slab_bytes, unsigned stored, const flo
 
 // dk and dv of the half's keys, through its rows of v, which only its own products read, and of k, which both halves' do.
 template <class C>
-SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& work, int stage, int half, const float (&dk)[C::HEAD_DIM / 2], const float (&dv)[C::HEAD_DIM / 2]) {
+SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& work, int stage, int half, const float (&dk)[C::HEAD_DIM / 2],
+                       const float (&dv)[C::HEAD_DIM / 2]) {
   const unsigned stored = Thread(threadIdx.x % 128).stored;
   const unsigned dv_tile = shared_address(s.v[stage]) + half * C::HALF_BYTES, dk_tile = shared_address(s.k[stage]) + half * C::HALF_BYTES;
   stage_sums<C>(dv_tile, C::K_SLAB_BYTES, stored, dv, 1.f);
