@@ -49,9 +49,15 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
   int last_tile = -1;
   auto load_values = [&] {
     if (last_tile < 0) return;
-    barrier_wait(shared_address(&shared.v_empty[values.stage]), values.parity ^ 1, WAIT_LIMIT);
-    load_tile(shared.v[values.stage], p.v, p.forward.v, shape.value_dim, last, shared.v_full[values.stage], last_tile);
-    values.advance();
+    if constexpr (C::ONE_PLACE)
+      barrier_wait(shared_address(&shared.k_empty[values.stage]), values.parity, WAIT_LIMIT);
+    else
+      barrier_wait(shared_address(&shared.v_empty[values.stage]), values.parity ^ 1, WAIT_LIMIT);
+    load_tile(shared.tiles.v[values.stage], p.v, p.forward.v, shape.value_dim, last, shared.v_full[values.stage], last_tile);
+    if constexpr (C::ONE_PLACE)
+      values = keys.before();
+    else
+      values.advance();
     last_tile = -1;
   };
   for (;; blocks.advance()) {
@@ -81,17 +87,18 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
     }
 
     for (int tile = work.tiles_seen - 1; tile >= 0; tile--) {
-      barrier_wait(shared_address(&shared.k_empty[keys.stage]), keys.parity ^ 1, WAIT_LIMIT);
+      barrier_wait(shared_address(&(C::ONE_PLACE ? shared.v_empty : shared.k_empty)[keys.stage]), keys.parity ^ 1, WAIT_LIMIT);
       bool stop = false;
       if (shape.skip_below > 0.f && tile < work.tiles_seen - 1)
         stop = __all_sync(ALL_LANES, lane >= 4 * C::CONSUMERS || atomicAdd(&shared.used_up[lane], 0) == w + 1);
       if (lane == 0) shared.stop[keys.stage] = stop;
       if (stop) {
         barrier_arrive(shared_address(&shared.k_full[keys.stage]), lane == 0);
+        if constexpr (C::ONE_PLACE) barrier_arrive(shared_address(&shared.v_full[keys.stage]), lane == 0);
         keys.advance();
         break;
       }
-      load_tile(shared.k[keys.stage], p.k, p.forward.k, shape.head_dim, at, shared.k_full[keys.stage], tile);
+      load_tile(shared.tiles.k[keys.stage], p.k, p.forward.k, shape.head_dim, at, shared.k_full[keys.stage], tile);
       keys.advance();
       load_values();
       last = at;
@@ -173,7 +180,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   };
   auto start_logits = [&] {
     const uint64 q_rows = operand(shared_address(shared.q[blocks.stage]) + consumer * 64 * SLAB_ROW_BYTES, 16);
-    const uint64 k_tile = operand(shared_address(shared.k[keys.stage]), 16);
+    const uint64 k_tile = operand(shared_address(shared.tiles.k[keys.stage]), 16);
 #pragma unroll
     for (int k = 0; k < C::BLOCK_D / 16; k++) {
       const uint64 a = q_rows + along_k(k, C::Q_SLAB), b = k_tile + along_k(k, C::KEY_SLAB);
@@ -185,7 +192,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
     wgmma_commit();
   };
   auto start_output = [&](bool first) {
-    const uint64 v_tile = operand(shared_address(shared.v[values.stage]), C::KEY_SLAB);
+    const uint64 v_tile = operand(shared_address(shared.tiles.v[values.stage]), C::KEY_SLAB);
 #pragma unroll
     for (int k = 0; k < C::BLOCK_N / 16; k++) Output::template add<ACROSS_K>(out, weights[0][k], v_tile + across_k(k), k > 0 || !first);
     wgmma_commit();
@@ -228,7 +235,10 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       if (!ended && shape.skip_below > 0.f) {
         await_keys();
         ended = same(shared.stop[keys.stage]);
-        if (ended) leave_keys();
+        if (ended) {
+          leave_keys();
+          if constexpr (C::ONE_PLACE) release(shared.v_empty[keys.before().stage]);
+        }
       }
       if (ended) {
         leave();
@@ -247,7 +257,10 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       k_ready = barrier_test(shared_address(&shared.k_full[keys.stage]), keys.parity);
       wgmma_wait<0>();
       release(shared.v_empty[values.stage]);
-      values.advance();
+      if constexpr (C::ONE_PLACE)
+        values = keys.before();
+      else
+        values.advance();
       to_operand<T>(weights, s_rows);
       if (ended) store();
       first = ended;

@@ -27,7 +27,10 @@ template <int R> struct HopperRun : LinearRun<R> {
 template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_> struct HopperForwardConfig {
   using T = T_;
   static constexpr int BLOCK_D = BLOCK_D_, CONSUMERS = CONSUMERS_, STAGES = NUM_STAGES_;
-  static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = 128, THREADS = 128 * (CONSUMERS + 1);
+  // Whether a tile's values take the place of its keys once those are done with. NOTE: beside 128 KB of q there is room for three tiles
+  // of 32 KB. Two of keys and one of values would leave a copy of values only the time of the next tile's q k.
+  static constexpr bool ONE_PLACE = BLOCK_D > 128;
+  static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = ONE_PLACE ? 64 : 128, THREADS = 128 * (CONSUMERS + 1);
   static constexpr int MT = 1, NT = BLOCK_N / 8, RUN = BLOCK_N / 4;
   using Run = HopperRun<RUN>;
   static constexpr int SLABS = BLOCK_D / SLAB_COLUMNS;
@@ -44,10 +47,21 @@ struct Work {
   int index, m_begin, first_end, tiles_seen;
 };
 
-template <class C> struct HopperForwardShared {
-  alignas(SWIZZLE_BYTES) unsigned char q[2][C::Q_BYTES];
+// With one place for both, keys wait for the values that were there and values for their keys, in the same stage; an early stop, which
+// takes a stage of keys, takes it of values too.
+template <class C, bool ONE_PLACE = C::ONE_PLACE> struct Tiles {
   alignas(SWIZZLE_BYTES) unsigned char k[C::STAGES][C::KEY_BYTES];
   alignas(SWIZZLE_BYTES) unsigned char v[C::STAGES][C::KEY_BYTES];
+};
+template <class C> struct Tiles<C, true> {
+  union {
+    alignas(SWIZZLE_BYTES) unsigned char k[C::STAGES][C::KEY_BYTES], v[C::STAGES][C::KEY_BYTES];
+  };
+};
+
+template <class C> struct HopperForwardShared {
+  alignas(SWIZZLE_BYTES) unsigned char q[2][C::Q_BYTES];
+  Tiles<C> tiles;
   Barrier q_full[2], q_empty[2];
   Barrier k_full[C::STAGES], k_empty[C::STAGES], v_full[C::STAGES], v_empty[C::STAGES];
   Work work[2];                         // the query blocks in q; one that sees no tiles: the end
@@ -64,6 +78,8 @@ template <int STAGES> struct Ring {
   SBK_FN void advance() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
+  // The stage before, where the keys are whose values come next.
+  SBK_FN Ring before() const { return stage == 0 ? Ring{STAGES - 1, parity ^ 1} : Ring{stage - 1, parity}; }
 };
 
 }  // namespace sbk

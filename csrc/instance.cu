@@ -113,10 +113,11 @@ template <int BLOCK_D> void hopper_backward() {
 // The table: the first line of each kernel is the default for the width.
 template <int D> bool add_all() {
 #ifdef SBK_SM90A
-  if constexpr (D <= 128) {
-    hopper_forward<D, 2, D == 64 ? 3 : 2>();
+  hopper_forward<D, 2, D == 128 ? 2 : 3>();
+  if constexpr (D <= 128)
     hopper_backward<D>();
-  }
+  else
+    backward_queries<D, 64, 64, 4, 2, 16>();  // counts in the Hopper forward's tiles
 #endif
   if constexpr (D == 64) {
     forward<D, 128, 64, 4, 2>();

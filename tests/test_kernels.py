@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
@@ -91,7 +92,6 @@ def test_few_blocks_are_small(on, queries, block_m):
         ({}, None),
         ({"dtype": "float16", "attend_current": True}, None),
         ({"head_dim": 96, "value_dim": 32}, None),
-        ({"head_dim": 16, "value_dim": 136}, "up to 128"),
         ({"kv_heads": 2}, None),
         ({"queries": 128}, None),
         ({"queries": 130, "keys": 130}, None),
@@ -103,22 +103,61 @@ def test_few_blocks_are_small(on, queries, block_m):
 def test_hopper_says_what_it_does_not_cover(on, change, says):
     on((9, 0))
     backend, p = cuda.CudaBackend(), problem(**change)
-    reason = hopper.not_covered(p)
-    assert (reason is None) if says is None else (says in reason)
+    for direction in KERNELS:
+        reason = hopper.not_covered(p, direction)
+        assert (reason is None) if says is None else (says in reason)
     assert backend.default_config(p).HOPPER == (says is None) == backend.default_config(p.reversed()).HOPPER
     assert not backend.variants(p)["portable"].HOPPER
     assert (why_not(backend, "portable", p) == "") == (says is None) and why_not(backend, "", p) == ""
     config = backend.default_config(problem((p.head_dim, p.head_dim)))
     assert (backend.illegal(p, config) is None) == (says is None)
     on((8, 0))
-    assert "9.0" in hopper.not_covered(p)
+    assert all("9.0" in hopper.not_covered(p, direction) for direction in KERNELS)
+
+
+@pytest.mark.parametrize("dims", [(136, 16), (16, 136), (192, 192), (256, 128), (256, 256)])
+def test_wide_forwards_are_hoppers_and_backwards_portable(on, dims):
+    """The backward counts in the forward's tiles: of the portable ones Hopper's forward has one of its own."""
+    on((9, 0))
+    backend, p = cuda.CudaBackend(), problem(dims)
+    forward, backward = backend.default_config(p), backend.default_config(p.reversed())
+    assert forward.HOPPER and not backward.HOPPER
+    assert hopper.not_covered(p, "forward") is None and "up to 128" in hopper.not_covered(p, "backward")
+    assert "up to 128" in backend.illegal(p.reversed(), CudaBackward(HOPPER=True))
+    assert backward.QUERIES_BLOCK_N == forward.BLOCK_N and backend.mismatch(forward, backward) is None
+    assert "QUERIES_BLOCK_N" in backend.mismatch(forward, backend.variants(p.reversed())["portable"])
+    assert why_not(backend, "portable", p) == ""
+
+    for change, capability in (({"aligned": False}, (9, 0)), ({"queries": 1, "keys": 100}, (9, 0)), ({}, (8, 0))):
+        on(capability)
+        other = problem(dims, **change)
+        both = [backend.default_config(direction) for direction in (other, other.reversed())]
+        assert both == [backend.variants(direction)["portable"] for direction in (other, other.reversed())]
+        assert backend.illegal(other, forward) is not None and backend.mismatch(*both) is None
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize("direction", KERNELS)
+def test_every_legal_config_has_one_to_go_with(on, dims, direction):
+    """And the first of all is the default."""
+    on((9, 0))
+    backend, p = cuda.CudaBackend(), problem(dims)
+    here, there = (p, p.reversed()) if direction == "forward" else (p.reversed(), p)
+    legal, others = backend.candidates(here)[0], backend.candidates(there)[0]
+    assert legal[0] == backend.default_config(here) and len(legal) > 1
+    for config in legal:
+        assert any(backend.mismatch(*((config, x) if direction == "forward" else (x, config))) is None for x in others)
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_dim", "says"),
-    [((9, 0), 128, "kernels Hopper's"), ((9, 0), 256, "kernels portable: the Hopper kernel takes"), ((8, 0), 128, "needs compute")],
+    ("capability", "head_dim", "forward", "backward"),
+    [
+        ((9, 0), 128, "kernels Hopper's", "kernels Hopper's"),
+        ((9, 0), 256, "kernels Hopper's", "kernels portable: the Hopper kernel takes head dims up to 128, not 256 and 256"),
+        ((8, 0), 128, "kernels portable: the Hopper kernel needs compute", "kernels portable: the Hopper kernel needs compute"),
+    ],
 )
-def test_explain_says_which_kernels(on, monkeypatch, capsys, capability, head_dim, says):
+def test_explain_says_which_kernels(on, monkeypatch, capsys, capability, head_dim, forward, backward):
     """As on a machine with such a GPU."""
     on(capability)
     monkeypatch.setattr(configs, "_lookup", None)
@@ -127,7 +166,8 @@ def test_explain_says_which_kernels(on, monkeypatch, capsys, capability, head_di
     options.device = "cuda"
     assert explain.explain(options) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count(says) == 2 and ("portable" in printed) == ("Hopper's" not in says)
+    first, second = (m.start() for m in re.finditer("kernels ", printed))
+    assert printed[first:].startswith(forward) and printed[second:].startswith(backward)
 
 
 @pytest.mark.parametrize("workspace", [1, 120, 200, 10**6], ids="{} bytes".format)
@@ -207,6 +247,8 @@ def test_directions_must_agree():
     assert backend.mismatch(CudaForward(128, 64, 4, 2), tiles) is None
     assert "BLOCK_N=32" in backend.mismatch(CudaForward(128, 32, 4, 2), tiles)
     assert "HOPPER" in backend.mismatch(CudaForward(128, 64, 4, 2), CudaBackward(HOPPER=True))
+    assert backend.mismatch(CudaForward(128, 64, 12, 3, HOPPER=True), tiles) is None
+    assert "BLOCK_N=128" in backend.mismatch(CudaForward(128, 128, 12, 2, HOPPER=True), tiles)
 
 
 @pytest.mark.parametrize(("units", "rows"), [(64, 4096), (1, 131072), (7, 1000), (64, 1)])

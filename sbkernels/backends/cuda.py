@@ -5,7 +5,9 @@ The extension knows nothing of torch: it takes packed parameters, raw pointers i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 
 from ..problem import Problem
 from ..sources import kernel_sources
@@ -45,21 +47,25 @@ class CudaBackend(KernelBackend):
         return _config_pairs(compiled_width(problem))
 
     def default_config(self, problem: Problem):
-        config = _hopper_config(compiled_width(problem), problem.direction)
-        if config is not None and hopper.not_covered(problem) is None:
-            return config
+        pair = _hopper_pair(compiled_width(problem))
+        if pair and hopper.not_covered(problem, "forward") is None:
+            return pair[0 if problem.direction == "forward" else 1]
         return super().default_config(problem)
 
     def config_space(self, problem: Problem):
-        hopper_config = _hopper_config(compiled_width(problem), problem.direction)
-        return [*filter(None, [hopper_config]), *super().config_space(problem)]
+        pair, index = _hopper_pair(compiled_width(problem)), 0 if problem.direction == "forward" else 1
+        return [*([pair[index]] if pair else []), *super().config_space(problem)]
+
+    def mismatch(self, forward: CudaForward, backward: CudaBackward) -> str | None:
+        # A portable backward goes with Hopper's forward too, in whose tiles it counts.
+        return super().mismatch(dataclasses.replace(forward, HOPPER=forward.HOPPER and backward.HOPPER), backward)
 
     def variants(self, problem: Problem):
         return {} if self.unsupported(problem) else {"portable": super().default_config(problem)}
 
     def illegal(self, problem: Problem, config) -> str | None:
         if config.HOPPER:
-            reason = hopper.not_covered(problem)
+            reason = hopper.not_covered(problem, problem.direction)
             if reason is None and config != _hopper_config(compiled_width(problem), problem.direction):
                 reason = "was not compiled"
             return reason and f"the Hopper kernel {reason}"
@@ -69,7 +75,7 @@ class CudaBackend(KernelBackend):
         if config.HOPPER:
             return "Hopper's"
         best = _hopper_config(compiled_width(problem), problem.direction)
-        reason = hopper.not_covered(problem) or ("was not compiled" if best is None else None)
+        reason = hopper.not_covered(problem, problem.direction) or ("was not compiled" if best is None else None)
         return f"portable: the Hopper kernel {reason}" if reason else "portable: the config says so"
 
     def prepare_forward(self, call: Call, config: CudaForward, out) -> PreparedForward:
@@ -122,18 +128,31 @@ def _hopper_config(width: int, direction: str) -> CudaForward | CudaBackward | N
 
 
 @functools.cache
-def _config_pairs(width: int) -> list[tuple[CudaForward, CudaBackward]]:
-    """All combinations of compiled kernels that go together, in the table's order."""
+def _hopper_pair(width: int) -> tuple[CudaForward, CudaBackward] | None:
+    """A width's Hopper configs, if compiled; where there is no Hopper backward, a portable one of the same tiles."""
+    forward, backward = (_hopper_config(width, direction) for direction in ("forward", "backward"))
+    if forward is None:
+        return None
+    return forward, backward or next(config for config in _portable(width)[1] if config.QUERIES_BLOCK_N == forward.BLOCK_N)
+
+
+@functools.cache
+def _portable(width: int) -> tuple[list[CudaForward], list[CudaBackward]]:
+    """Configs of the portable kernels of a width, in the table's order."""
     table = {}
     for it in _C.instances():
         if it["block_d"] == width and it["dtype"] == DTYPES[0]:
             table.setdefault(it["kernel"], []).append(it["config"])
-    pairs = []
-    for forward in table["forward"]:
-        for queries in table["backward_queries"]:
-            for keys in table["backward_keys"]:
-                if queries["KEY_GROUP"] == keys["KEY_GROUP"] and forward["BLOCK_N"] == queries["BLOCK_N"]:
-                    named = {f"QUERIES_{name}": value for name, value in queries.items() if name != "KEY_GROUP"}
-                    named |= {f"KEYS_{name}": value for name, value in keys.items() if name != "KEY_GROUP"}
-                    pairs.append((CudaForward(**forward), CudaBackward(KEY_GROUP=keys["KEY_GROUP"], **named)))
-    return pairs
+    backwards = []
+    for queries, keys in itertools.product(table["backward_queries"], table["backward_keys"]):
+        if queries["KEY_GROUP"] == keys["KEY_GROUP"]:
+            named = {f"QUERIES_{name}": value for name, value in queries.items() if name != "KEY_GROUP"}
+            named |= {f"KEYS_{name}": value for name, value in keys.items() if name != "KEY_GROUP"}
+            backwards.append(CudaBackward(KEY_GROUP=keys["KEY_GROUP"], **named))
+    return [CudaForward(**forward) for forward in table["forward"]], backwards
+
+
+@functools.cache
+def _config_pairs(width: int) -> list[tuple[CudaForward, CudaBackward]]:
+    """All combinations of portable kernels that go together."""
+    return [pair for pair in itertools.product(*_portable(width)) if pair[0].BLOCK_N == pair[1].QUERIES_BLOCK_N]

@@ -17,18 +17,17 @@ from .base import Call, allocate
 from .launches import CudaForward, Launch, ceil_div
 
 CAPABILITY = (9, 0)
-BLOCK_M, BLOCK_N = 64, 128  # of the backward
-MAX_WIDTH = 128
+BLOCK_M, BLOCK_N, MAX_WIDTH = 64, 128, 128  # of the backward; the forward takes any width
 # Fewer, of the longest sequence, take the portable kernels less time: a warp copies tiles that are not whole (csrc/hopper.cuh).
 MIN_KEYS = 128
 
 
-def not_covered(problem: Problem) -> str | None:
-    """Why the Hopper kernels do not run a problem; None if they do."""
+def not_covered(problem: Problem, direction: str) -> str | None:
+    """Why the Hopper kernels of a direction do not run a problem; None if they do."""
     capability = torch.cuda.get_device_capability(problem.device)
     if capability != CAPABILITY:
         return f"needs compute capability 9.0, {problem.device} has {'.'.join(map(str, capability))}"
-    if max(problem.head_dim, problem.value_dim) > MAX_WIDTH:
+    if direction == "backward" and max(problem.head_dim, problem.value_dim) > MAX_WIDTH:
         return f"takes head dims up to {MAX_WIDTH}, not {problem.head_dim} and {problem.value_dim}"
     if problem.keys < MIN_KEYS:
         return f"takes {MIN_KEYS} keys or more, not {problem.keys}"

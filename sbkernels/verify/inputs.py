@@ -263,6 +263,8 @@ def cases(large: bool) -> list[Case]:
         Case("normal", B=3, H=4, Hk=2, M=40, N=700, D=80, Dv=24, layout="padded", attend_current=True, skip=True),
         Case("plus_minus_30", B=2, M=129, N=200, D=128, Dv=8),
         Case("critical", M=1000, N=1001, D=96, Dv=96, skip=True),
+        Case("stop_at_edge", B=2, H=4, Hk=2, M=400, N=777, D=192, Dv=256, layout="bnhd", skip=True),
+        Case("std10", lengths=(130, 0, 1, 500, 65), H=4, Hk=2, D=256, Dv=136, attend_current=True, skip=True),
     ]
     found += [Case(H=1, Hk=1, M=16, N=8192, D=16, Dv=16)]  # a small error of each share, 8,192 times
     if large:
@@ -272,5 +274,7 @@ def cases(large: bool) -> list[Case]:
             for regime, skip in (("critical", False), ("critical", True), ("std10", True), ("std30", False), ("ternary", True))
         ]
         found += [Case(lengths=(4000, 17, 0, 2048, 1), H=8, Hk=2, D=128, Dv=128, skip=True), Case(M=512, N=8192, D=128, Dv=128)]
-        found += [Case(M=64, N=32768, D=dim, Dv=dim) for dim in (64, 128)]  # a bias of each share shows in what is left
+        found += [Case(M=64, N=32768, D=dim, Dv=dim) for dim in (64, 128, 256)]  # a bias of each share shows in what is left
+        # More query blocks than any GPU has multiprocessors, some of which stop early.
+        found += [Case("stop_at_edge", B=4, H=16, Hk=4, M=700, N=700, D=dim, Dv=dim, skip=True) for dim in (64, 128, 256)]
     return found

@@ -46,7 +46,7 @@ PROBLEMS = [
     Case(M=256, N=256, H=4, D=128, Dv=128), Case(M=256, N=256, Hk=1, D=64, Dv=64),
     Case(B=2, M=384, N=384, D=64, Dv=64, attend_current=True, layout="bnhd", skip=True),
     Case("std30", M=256, N=256, Hk=1, D=64, Dv=64, skip=True), Case("std30", M=100, N=1000, D=64, Dv=64, skip=True),
-    Case(B=2, M=301, N=301, H=4, D=128, Dv=96, layout="bnhd"),
+    Case(B=2, M=301, N=301, H=4, D=128, Dv=96, layout="bnhd"), Case("std30", M=190, N=300, Hk=1, D=192, Dv=256, skip=True),
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ PROBLEMS_GPU = [
     Case("fading", B=4, H=16, Hk=16, M=1024, N=1024, D=128, Dv=128),
     Case("fading", B=4, H=16, Hk=4, M=1024, N=1024, D=64, Dv=64, attend_current=True, skip=True),
     Case("critical", H=16, Hk=4, D=128, Dv=128, skip=True, lengths=(1000, 0, 17, 2048, 1, 500)),
+    Case("fading", B=4, H=16, Hk=4, M=1024, N=1024, D=256, Dv=256, skip=True),
 ]
 PROBLEMS_CPU = [Case("fading", H=4, Hk=2, M=150, N=150, skip=True)]
 PROPERTIES = ("graph_replay", "streams", "devices")
