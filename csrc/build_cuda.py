@@ -31,7 +31,7 @@ CHECKED = "SBKERNELS_CHECKED"
 DEFAULT_ARCHS = "80;90a;90-virtual"  # the last is PTX, which the driver compiles for newer GPUs
 
 DTYPES = ("half", "bfloat")  # types of instructions.cuh
-BLOCK_DS = (64, 128, 256)
+BLOCK_DS = (64, 128, 192, 256)
 HOPPER = ["-DSBK_SM90A"]  # the table then has the kernels that only sm_90a can run
 COMPILE = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # One build serves every torch version: the CUDA runtime is inside, and its symbols are not mixed up with those torch loads.

@@ -95,6 +95,7 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
       if (stop) {
         barrier_arrive(shared_address(&shared.k_full[keys.stage]), lane == 0);
         if constexpr (C::ONE_PLACE) barrier_arrive(shared_address(&shared.v_full[keys.stage]), lane == 0);
+        if (C::ONE_PLACE && CHECKED) barrier_wait(shared_address(&shared.k_empty[keys.stage]), keys.parity, WAIT_LIMIT);
         keys.advance();
         break;
       }
@@ -237,7 +238,11 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
         ended = same(shared.stop[keys.stage]);
         if (ended) {
           leave_keys();
-          if constexpr (C::ONE_PLACE) release(shared.v_empty[keys.before().stage]);
+          if constexpr (C::ONE_PLACE) {
+            const auto stopped = keys.before();
+            if (CHECKED) barrier_wait(shared_address(&shared.v_full[stopped.stage]), stopped.parity, WAIT_LIMIT);
+            release(shared.v_empty[stopped.stage]);
+          }
         }
       }
       if (ended) {

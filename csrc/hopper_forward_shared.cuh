@@ -29,8 +29,8 @@ template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_> struct Hop
   static constexpr int BLOCK_D = BLOCK_D_, CONSUMERS = CONSUMERS_, STAGES = NUM_STAGES_;
   // Whether a tile's values take the place of its keys once those are done with. NOTE: beside 128 KB of q there is room for three tiles
   // of 32 KB. Two of keys and one of values would leave a copy of values only the time of the next tile's q k.
-  static constexpr bool ONE_PLACE = BLOCK_D > 128;
-  static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = ONE_PLACE ? 64 : 128, THREADS = 128 * (CONSUMERS + 1);
+  static constexpr bool ONE_PLACE = BLOCK_D > 192;
+  static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = BLOCK_D > 128 ? 64 : 128, THREADS = 128 * (CONSUMERS + 1);
   static constexpr int MT = 1, NT = BLOCK_N / 8, RUN = BLOCK_N / 4;
   using Run = HopperRun<RUN>;
   static constexpr int SLABS = BLOCK_D / SLAB_COLUMNS;

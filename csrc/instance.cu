@@ -113,7 +113,7 @@ template <int BLOCK_D> void hopper_backward() {
 // The table: the first line of each kernel is the default for the width.
 template <int D> bool add_all() {
 #ifdef SBK_SM90A
-  hopper_forward<D, 2, D == 128 ? 2 : 3>();
+  hopper_forward<D, 2, D == 128 || D == 192 ? 2 : 3>();
   if constexpr (D <= 128)
     hopper_backward<D>();
   else
