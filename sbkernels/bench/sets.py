@@ -71,6 +71,12 @@ def gqa() -> list[Case]:
     return [Case(f"{H}/{Hk} heads, {N // 1024}k D=128", attention(B, H, Hk, N, N, 128), "bfloat16") for B, H, Hk, N in shapes]
 
 
+def wide() -> list[Case]:
+    """Head dims beyond 128."""
+    shapes = ((4, 4096, 192), (4, 4096, 256), (1, 16384, 256))
+    return [Case(f"{B}x8 heads, {N // 1024}k D={D}", attention(B, 8, 8, N, N, D), "bfloat16") for B, N, D in shapes]
+
+
 def decode() -> list[Case]:
     """One query a sequence; N from 1k to 1M, and as many sequences as a million keys allow."""
     found = []
@@ -107,7 +113,7 @@ def step_case(shape: step.Shape, dtype: str) -> Case:
 
 
 SETS = {
-    "training": training, "varlen": varlen, "gqa": gqa, "decode": decode, "overhead": overhead, "step": steps, "cpu": cpu,
+    "training": training, "varlen": varlen, "gqa": gqa, "wide": wide, "decode": decode, "overhead": overhead, "step": steps, "cpu": cpu,
 }  # fmt: skip
 
 

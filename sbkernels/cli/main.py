@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--input", metavar="FILE", help="take q, k, v (and cu_seqlens) from a safetensors file only")
 
     bench = commands.add_parser("bench", help="speed on sets of problems, beside peers and beside what the machine can do")
-    bench.add_argument("--set", help="problems: training (default on a GPU), varlen, gqa, decode, overhead, step, cpu")
+    bench.add_argument("--set", help="problems: training (default on a GPU), varlen, gqa, wide, decode, overhead, step, cpu")
     bench.add_argument("--case", action="append", metavar="TEXT", help="only problems whose name holds this (repeatable)")
     bench.add_argument("--beside", action="append", metavar="NAME", help="only this contender beside ours (repeatable), or none")
     bench.add_argument("--minutes", type=float, metavar="M", help="begin no problem after that")
