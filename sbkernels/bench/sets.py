@@ -113,7 +113,8 @@ def step_case(shape: step.Shape, dtype: str) -> Case:
 
 
 SETS = {
-    "training": training, "varlen": varlen, "gqa": gqa, "wide": wide, "decode": decode, "overhead": overhead, "step": steps, "cpu": cpu,
+    "training": training, "varlen": varlen, "gqa": gqa, "wide": wide, "decode": decode, "overhead": overhead, "step": steps,
+    "cpu": cpu,
 }  # fmt: skip
 
 
