@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import math
 
 from . import config as configs
 from . import env, registry
@@ -172,22 +173,30 @@ def tuned_ms(backend, problems: tuple[Problem, ...]) -> tuple[float, list[str]] 
 def agree(problem: Problem, forward: Choice, backward: Choice) -> tuple[Choice, Choice]:
     """Choices of both directions of a problem that go together.
 
-    Where tuned ones do not, the forward's gives way to the fastest tuned one that goes with the backward's, which takes most of
-    the time; where there is none, those that were not given give way to the defaults. ValueError where configs that were given do
-    not go together.
+    Where tuned ones do not, one gives way to the fastest tuned one that goes with the other: the one that loses less by it, if that
+    was measured on the same sizes, else the forward's. Where there is none, those that were not given give way to the defaults.
+    ValueError where configs that were given do not go together.
     """
-    backend = backward.backend
+    backend, both, problems = backward.backend, [forward, backward], (problem, problem.reversed())
     if backend.mismatch(forward.config, backward.config) is None:
         return forward, backward
-    other = configs.tuned(backend, problem, backward.config) if forward.provenance != GIVEN else None
-    if other is not None:
-        config = backend.config_types["forward"](**other.config)
-        return dataclasses.replace(forward, config=config, provenance=f"{other.provenance}, to go with the backward's"), backward
+    ways = []
+    for i, other in ((0, backward), (1, forward)):
+        best, found = configs.tuned(backend, problems[i]), configs.tuned(backend, problems[i], other.config)
+        if found is not None and both[i].provenance != GIVEN:
+            loss = found.ms - best.ms if found.measured_on == best.measured_on else math.inf
+            ways.append((loss, i, found))
+    if ways:
+        _, i, found = min(ways, key=lambda way: way[:2])
+        config = backend.config_types[problems[i].direction](**found.config)
+        provenance = f"{found.provenance}, to go with the {problems[1 - i].direction}'s"
+        both[i] = dataclasses.replace(both[i], config=config, provenance=provenance)
+        return tuple(both)
     both = [
         choice
         if choice.provenance == GIVEN
         else dataclasses.replace(choice, config=backend.default_config(p), provenance="analytic default: tuned ones do not match")
-        for p, choice in ((problem, forward), (problem.reversed(), backward))
+        for p, choice in zip(problems, both, strict=True)
     ]
     reason = backend.mismatch(*(choice.config for choice in both))
     if reason is not None:

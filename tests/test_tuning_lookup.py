@@ -241,7 +241,7 @@ def test_answers_are_kept(planted):
 
 
 def test_what_a_forward_saves_goes_with_its_backward(planted, monkeypatch):
-    """Where the fastest of both directions do not match, the forward's gives way to the next one that does."""
+    """Where the fastest of both directions do not match, one gives way to the next one that does, so that both take least time."""
     wide, narrow = CONFIG | {"BLOCK_N": 128}, CONFIG
     planted(1.0, config=wide)
     planted(1.5, config=narrow)
@@ -255,6 +255,11 @@ def test_what_a_forward_saves_goes_with_its_backward(planted, monkeypatch):
         forward, backward = dispatch.choose_both(PROBLEM, "torch")
         assert (forward.config.BLOCK_N, backward.config.BLOCK_N) == (64, 64)
         assert forward.provenance == "tuned, user, to go with the backward's"
+        planted(1.2, problem=PROBLEM.reversed(), config=wide)
+        configs.install_lookup(planted.lookup())
+        forward, backward = dispatch.choose_both(PROBLEM, "torch")
+        assert (forward.config.BLOCK_N, backward.config.BLOCK_N) == (128, 128)
+        assert backward.provenance == "tuned, user, to go with the forward's"
     finally:
         tuning.install()
 
