@@ -18,8 +18,8 @@ JOBS, MISSING = run.plan(DEVICE, quick=torch.cuda.is_available())
 @pytest.mark.parametrize("key", sorted({job[:3] for job in JOBS}), ids=" ".join)
 def test_backend(key):
     """All cases and properties of one backend, variant and dtype."""
-    failed = []
-    run.run([job for job in JOBS if job[:3] == key], DEVICE, lambda outcome: outcome.ok or failed.append(outcome))
+    failed, processes = [], os.cpu_count() if key[0] == "triton" else 1  # its interpreter takes a minute
+    run.run([job for job in JOBS if job[:3] == key], DEVICE, lambda outcome: outcome.ok or failed.append(outcome), processes)
     assert not failed, "\n".join(map(str, failed))
 
 
