@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from test_cli import refused
+from test_cli import interruptible, refused
 
 from sbkernels import stickbreaking_attention
 from sbkernels.bench import clock, contenders, limits, readme, regress, run, sets, step, timer
@@ -290,7 +290,7 @@ def test_what_was_measured_is_kept(quick, tmp_path, capsys, monkeypatch, error, 
 def test_ctrl_c(tmp_path):
     """A real one, in a process of its own."""
     command = [sys.executable, "-m", "sbkernels", "bench", "--device", "cpu", "--json", str(tmp_path / "b.json")]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = interruptible(command)
     with pytest.raises(subprocess.TimeoutExpired):
         running.wait(timeout=10)  # of half a minute or more: imports take some of it where other work is beside
     running.send_signal(signal.SIGINT)

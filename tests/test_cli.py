@@ -1,5 +1,6 @@
 """The commands as a user types them: what they print and how they end."""
 
+import functools
 import json
 import os
 import pathlib
@@ -202,7 +203,7 @@ def test_tune_is_interrupted(tmp_path):
     """Ctrl-C: what was measured is kept and said, the exit status is 130."""
     environment = os.environ | {"SBKERNELS_TUNING_DB": str(tmp_path / "t.db"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "sbkernels", "tune", "--device", "cpu", "--shape", "1,4,400,64", "--backend", "torch"]
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = interruptible(command, env=environment)
     until = time.monotonic() + 60
     while time.monotonic() < until and not measured(tmp_path / "t.db"):
         time.sleep(0.2)
@@ -210,6 +211,12 @@ def test_tune_is_interrupted(tmp_path):
     printed, _ = running.communicate(timeout=60)
     assert running.returncode == 130 and "the next run goes on from there" in printed and "tuned in" in printed
     assert measured(tmp_path / "t.db")
+
+
+def interruptible(command: list[str], **options) -> subprocess.Popen:
+    """A process that SIGINT reaches: what a script runs in the background inherits that it is ignored."""
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds, **options)
 
 
 def measured(path: pathlib.Path) -> int:
