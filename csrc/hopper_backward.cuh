@@ -23,7 +23,6 @@
 //     q, dout         rows, in boxes [64, 64]
 //     k, v, dk, dv    blocks of 64 keys in permuted order, strides S, 16 S, 2 S, in boxes [64, 2, 4, 8]; beyond whole blocks, pairs
 #pragma once
-#include <type_traits>
 #include "hopper_backward_exact.cuh"
 #include "hopper_backward_producers.cuh"
 #include "hopper_backward_sums.cuh"
@@ -145,12 +144,9 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       const float excess[2] = {u[0] - 1.f, u[1] - 1.f};
       const unsigned here = base + (slot * C::BLOCK_M + row) * ROW_BYTES;
 
-      // The rest of the step, once for warps whose rows are all simple and once for others.
-      // NOTE: branches around what exact rows take instead, in the midst of the others' code, cost 8 %, though nobody went there.
-      auto finish = [&](auto simple) {
-        constexpr bool SIMPLE = decltype(simple)::value;
-        const int exact = SIMPLE ? 0 : find_exact_rows(excess, lane);
-
+      // The rest of the step, compiled for warps without exact rows and for others.
+      // NOTE: branches around what exact rows take, in the midst of the others' code, cost 8 %, though nobody went there.
+      auto finish = [&](auto exact) {
         // Totals of the half, for the other one.
         HalfScan scans[2];
 #pragma unroll
@@ -158,7 +154,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
           const Scan<float> scan = scan_newer<Simple>(excess[r], 3 - q);
           scans[r] = {scan.before, scan.total};
         }
-        if constexpr (!SIMPLE) {
+        if (exact) {
           barriers.wait(STATE_FULL + slot, slot_parity);
           const float carry[2] = {load_shared<STATE>(here), load_shared<STATE + SECOND>(here)};
           scan_exactly<C::RUN>(e, scans, exact, carry, q);
@@ -191,7 +187,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         if (entering) {
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            const float share = !SIMPLE && exact >> r & 1 ? scans[r].older : Simple::enter(1.f + scans[r].older, scans[r].total);
+            const float share = exact >> r & 1 ? scans[r].older : Simple::enter(1.f + scans[r].older, scans[r].total);
             const float entered = half == 1 ? -carry[r] : Simple::enter(-carry[r], other[r]);
             next[r] = carry[r] < 0.f ? -carry[r] : next[r];
             start[r] = carry[r] < 0.f ? entered * share : start[r];
@@ -205,11 +201,13 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
           }
         }
         const bool A_free = !C::SUMS_APART || barriers.ready(A_EMPTY + out, out_parity ^ 1);
-        wgmma_wait<0>();  // dA
-        if (C::SUMS_APART) barriers.wait_unless(A_free, A_EMPTY + out, out_parity ^ 1);
+        if constexpr (C::SUMS_APART)
+          barriers.wait_unless(A_free, A_EMPTY + out, out_parity ^ 1);
+        else
+          wgmma_wait<0>();  // dA
 
         // Walk: A, and x in place of dA.
-        if constexpr (!SIMPLE) {
+        if (exact) {
           walk_exactly<T, C::RUN>(e, dA, start, exact, weights_tile + Thread(kept(threadIdx.x % 128)).row * SLAB_ROW_BYTES, lane);
         } else {
 #pragma unroll
@@ -281,15 +279,18 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         if constexpr (!C::SUMS_APART) dz_ready = g < 1 || barriers.ready(DZ_FULL + (out ^ 1), (g - 1) / C::DZ_STAGES % 2);
         q_ready = barriers.ready(Q_FULL + (g + 1) % C::STAGES, (g + 1) / C::STAGES % 2);
         written(DZ_FULL + out, arriving);
-        if constexpr (!C::SUMS_APART) {
-          wgmma_fence();
-          add_product<C>(dk, dz_columns + out * DZ_STAGE, q_columns + stage * Q_STAGE, n > 0);
-          wgmma_commit();
-        }
+        if constexpr (C::SUMS_APART) return;
+        wgmma_fence();
+        add_product<C>(dk, dz_columns + out * DZ_STAGE, q_columns + stage * Q_STAGE, n > 0);
+        wgmma_commit();
       };
-      // NOTE: as one warpgroup where products follow; out of a shuffle, which tells the compiler that the warp stays together.
+      // NOTE: a warpgroup's warps have to begin products, and to wait for them, together. By a shuffle the compiler knows that a warp stays so.
+      if constexpr (C::SUMS_APART) wgmma_wait<0>();  // dA, before they part
       const bool simple = C::SUMS_APART ? __all_sync(ALL_LANES, walks_simply(excess)) : named_all(OLDER_HALF + half, 128, walks_simply(excess));
-      __shfl_sync(ALL_LANES, (int)simple, 0) ? finish(std::true_type()) : finish(std::false_type());
+      if (__shfl_sync(ALL_LANES, (int)simple, 0))
+        finish(NoExactRows());
+      else
+        finish(find_exact_rows(excess, lane));
     }
     if constexpr (!C::SUMS_APART) {
       // dq of the last two steps. There is at least one.

@@ -21,6 +21,11 @@ constexpr float WALK_LIMIT = 1.07374182e9f;  // 2^30
 
 SBK_FN bool walks_simply(const float (&excess)[2]) { return excess[0] < WALK_LIMIT && excess[1] < WALK_LIMIT; }
 
+// What find_exact_rows finds then, as a constant.
+struct NoExactRows {
+  SBK_FN constexpr operator int() const { return 0; }
+};
+
 // Rows (bits) of this quad whose runs are not all simple.
 SBK_FN int find_exact_rows(const float (&excess)[2], int lane) {
   int found = 0;

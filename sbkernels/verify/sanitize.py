@@ -31,7 +31,7 @@ DTYPE = torch.bfloat16
 DEADLINE_SECONDS = 3600.0  # of one tool over all problems of one backend: they run up to 100 times as long as without
 OPTIONS = ("--show-backtrace", "device", "--print-limit", "1000000")  # else it stops printing at 100
 # NOTE: by itself synccheck finds room for fewer mbarriers than a block of Hopper's backward has, and the kernel then fails.
-TOOL_OPTIONS = {"synccheck": ("--num-cuda-barriers", "64")}
+TOOL_OPTIONS = {"synccheck": ("--num-cuda-barriers", "128")}
 DONE = "all problems ran"
 PLANTED = pathlib.Path(__file__).with_name("planted.cu")
 PROBLEMS = [
