@@ -19,16 +19,10 @@ struct HalfScan {
 // Up to here, a product of u over the 4 runs of a half and its reciprocal are normal numbers.
 constexpr float WALK_LIMIT = 1.07374182e9f;  // 2^30
 
-SBK_FN bool walks_simply(const float (&excess)[2]) { return excess[0] < WALK_LIMIT && excess[1] < WALK_LIMIT; }
-
-// What find_exact_rows finds then, as a constant.
-struct NoExactRows {
-  SBK_FN constexpr operator int() const { return 0; }
-};
-
-// Rows (bits) of this quad whose runs are not all simple.
+// Rows (bits) of this quad whose runs are not all simple; bit 2: some row of the warp is such.
 SBK_FN int find_exact_rows(const float (&excess)[2], int lane) {
-  int found = 0;
+  if (__all_sync(ALL_LANES, excess[0] < WALK_LIMIT && excess[1] < WALK_LIMIT)) return 0;
+  int found = 4;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const unsigned lanes = __ballot_sync(ALL_LANES, !(excess[r] < WALK_LIMIT));
