@@ -13,7 +13,7 @@
 // waited for is under way, or behind tiles that wait for none later, whatever order the hardware starts blocks in. In the tile each
 // thread walks its run of keys from the oldest to the newest, with left = stick left after the key:
 //
-//     A = left e,  x = left dA,  left += A;  a = e x,  dz = beta (x - older sum of a)
+//     A = left e,  left += A;  a = A dA,  dz = (a - e times the older sum of a) / (1 + e)
 //
 // The walk starts from the stick left by the tiles done; in a row's oldest visited tile, where the stick may be used up, and in its
 // newest one, from what enters from the newer side, divided. dq is summed in global memory, in the chain's order.
@@ -206,7 +206,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         else
           wgmma_wait<0>();  // dA
 
-        // Walk: A, and x in place of dA.
+        // Walk: A, and a in place of dA.
         if (exact) {
           walk_exactly<T, C::RUN>(e, dA, start, exact, weights_tile + Thread(kept(threadIdx.x % 128)).row * SLAB_ROW_BYTES, lane);
         } else {
@@ -219,8 +219,8 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 #pragma unroll
               for (int t = 0; t < 4; t++) {
                 const float now = e[element(4 * i + t, r)];
-                dA[element(4 * i + t, r)] *= start[r];
                 A[t] = start[r] * now;
+                dA[element(4 * i + t, r)] *= A[t];
                 start[r] = fmaf(start[r], now, start[r]);
               }
               packed[r] = pack<T>(A[0], A[1]);
@@ -232,7 +232,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         const bool dz_free = barriers.ready(DZ_EMPTY + out, out_parity ^ 1);
         written(A_FULL + out, arriving && C::SUMS_APART);
 
-        // dv += A^T dout and, between its steps, x less the run's older sum of a in place of x, beta in place of e.
+        // dv += A^T dout and, between its steps, a less e times the run's older sum of a in place of a.
         float sum[2] = {0.f, 0.f};
         if constexpr (!C::SUMS_APART) wgmma_fence();
 #pragma unroll
@@ -242,10 +242,9 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 #pragma unroll
           for (int j = 0; j < 8; j++) {
             const int at = element(4 * i + j / 2, j % 2);
-            const float now = e[at], x = dA[at];
-            dA[at] = x - sum[j % 2];
-            sum[j % 2] = fmaf(now, x, sum[j % 2]);
-            e[at] = now * rcp(1.f + now);
+            const float a = dA[at];
+            dA[at] = fmaf(-e[at], sum[j % 2], a);
+            sum[j % 2] += a;
           }
         }
         if constexpr (!C::SUMS_APART) wgmma_commit();
@@ -272,7 +271,8 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 #pragma unroll
           for (int y = 0; y < 4; y++) {
             const int at = 8 * i + 2 * (y % 2) + 4 * (y / 2);
-            packed[y] = pack<T>((dA[at] - older[y % 2]) * e[at], (dA[at + 1] - older[y % 2]) * e[at + 1]);
+            const float first = fmaf(-e[at], older[y % 2], dA[at]), second = fmaf(-e[at + 1], older[y % 2], dA[at + 1]);
+            packed[y] = pack<T>(first * rcp(1.f + e[at]), second * rcp(1.f + e[at + 1]));
           }
           store_matrices(dz_tiles + (out * 2 + half) * C::HALF_BYTES + (stored ^ i << 5), packed);
         }

@@ -84,8 +84,8 @@ SBK_FN void walk_exactly(const float (&e)[2 * R], float (&dA)[2 * R], const floa
         const float left1 = left * rcp(1.f + e1);
         left = left1 * rcp(1.f + e0);
         store_shared(row + ((t / 2 ^ lane / 4) << 4), pack<T>(left * e0, left1 * e1));
-        dA[element(t, r)] *= left;
-        dA[element(t + 1, r)] *= left1;
+        dA[element(t, r)] *= left * e0;
+        dA[element(t + 1, r)] *= left1 * e1;
       }
     }
 #pragma unroll
@@ -94,8 +94,8 @@ SBK_FN void walk_exactly(const float (&e)[2 * R], float (&dA)[2 * R], const floa
         const float e0 = e[element(t, r)], e1 = e[element(t + 1, r)];
         const float left1 = fmaf(left, e0, left);
         store_shared(row + ((t / 2 ^ lane / 4) << 4), pack<T>(left * e0, left1 * e1));
-        dA[element(t, r)] *= left;
-        dA[element(t + 1, r)] *= left1;
+        dA[element(t, r)] *= left * e0;
+        dA[element(t + 1, r)] *= left1 * e1;
         left = fmaf(left1, e1, left1);
       }
     }
