@@ -63,7 +63,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
   };
   float dk[D / 2], dv[D / 2], e[32], dA[32];
   bool q_ready = false;  // for the next step, asked at the end of the last
-  int g = 0;             // steps of all tiles so far
+  unsigned g = 0;        // steps of all tiles so far
 #pragma unroll 1
   for (int t = 0;; t++) {
     const int key_stage = t % C::KEY_STAGES, key_parity = t / C::KEY_STAGES % 2;
@@ -294,7 +294,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     }
     if constexpr (!C::SUMS_APART) {
       // dq of the last two steps. There is at least one.
-      int m = max(g - 2, g - steps);
+      int m = max((int)g - 2, (int)g - steps);
 #pragma unroll 1
       do {
         float dq[D / 4];
@@ -302,7 +302,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         multiply_dq<C>(dq, dz_rows + m % 2 * DZ_STAGE, k_columns + keys);
         wgmma_wait<0>();
         hand_dq_over<C>(barriers, dq_tile + threadIdx.x % 128 * 16, dq, half, m, threadIdx.x % 32);
-      } while (++m < g);
+      } while (++m < (int)g);
       store_sums(p, s, s.work[t % 2], key_stage, half, dk, dv);
       barriers.arrive(KEYS_EMPTY + key_stage, threadIdx.x % 128 == 0);
     }

@@ -154,15 +154,15 @@ constexpr int ROW_BYTES = sizeof(float2);  // of state and the like
 
 // NOTE: what comes out of a shuffle the compiler keeps; a thread's number and the address of shared memory it would read anew for each
 // use, 30 clocks each, and what follows from them it would keep instead, in registers it does not have.
-SBK_FN int kept(int number) { return __shfl_sync(ALL_LANES, number, number); }
+SBK_FN unsigned kept(unsigned number) { return __shfl_sync(ALL_LANES, number, number); }
 SBK_FN unsigned kept_address(unsigned x) { return __shfl_sync(ALL_LANES, x, 0); }
 
 // What follows from a thread's number in its warpgroup.
 struct Thread {
-  int lane, q, row;  // in the warp, in its quad; the first of its two rows
+  unsigned lane, q, row;  // in the warp, in its quad; the first of its two rows
   unsigned stored;   // its place for store_matrices: row lane % 16 of the warp's, and there the piece lane / 16, swizzled. 16 columns on
                      // are 32 bytes, added without carry
-  SBK_FN explicit Thread(int number)
+  SBK_FN explicit Thread(unsigned number)
       : lane(number % 32), q(number % 4), row(number / 32 * 16 + lane / 4),
         stored((number / 32 * 16 + lane % 16) * SLAB_ROW_BYTES + ((lane / 16 ^ lane % 8) << 4)) {}
 };
