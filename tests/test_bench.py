@@ -294,8 +294,8 @@ def test_ctrl_c(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         running.wait(timeout=10)  # of half a minute or more: imports take some of it where other work is beside
     running.send_signal(signal.SIGINT)
-    running.communicate(timeout=120)
-    assert running.returncode == 130
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 130, said
 
 
 def test_bench_refuses(tmp_path, capsys):
