@@ -199,15 +199,16 @@ def test_tune_refuses(tmp_path, capsys):
         assert words in refused(capsys, "tune", "--device", "cpu", *arguments), arguments
 
 
-def test_tune_is_interrupted(tmp_path):
-    """Ctrl-C: what was measured is kept and said, the exit status is 130."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_tune_is_interrupted(how, tmp_path):
+    """By Ctrl-C, or by what schedulers send: what was measured is kept and said, the exit status is 130."""
     environment = os.environ | {"SBKERNELS_TUNING_DB": str(tmp_path / "t.db"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "sbkernels", "tune", "--device", "cpu", "--shape", "1,4,400,64", "--backend", "torch"]
     running = interruptible(command, env=environment)
     until = time.monotonic() + 60
     while time.monotonic() < until and not measured(tmp_path / "t.db"):
         time.sleep(0.2)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(how)
     printed, _ = running.communicate(timeout=60)
     assert running.returncode == 130 and "the next run goes on from there" in printed and "tuned in" in printed
     assert measured(tmp_path / "t.db")

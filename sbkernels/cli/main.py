@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 
 OK, EXCEEDED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -125,6 +127,16 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+@contextlib.contextmanager
+def sigterm_interrupts():
+    """SIGTERM, which schedulers and `timeout` send, ends a command as Ctrl-C does: what it has by then is kept."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `sbk` script; returns the exit status."""
     arguments = parser().parse_args(argv)
@@ -134,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.device = arguments.device or default_device()
         module = importlib.import_module(f".{MODULES.get(arguments.command, arguments.command)}", __package__)
-        return getattr(module, arguments.command)(arguments)
+        with sigterm_interrupts():
+            return getattr(module, arguments.command)(arguments)
     except KeyboardInterrupt:
         console.print("interrupted")
         return INTERRUPTED
