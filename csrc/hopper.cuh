@@ -67,6 +67,13 @@ SBK_FN bool arrives(int lane) { return CHECKED || lane == 0; }
 
 // The hardware's 16 barriers, for whole warps: waits for `threads` threads to have come to it, those that only arrive included.
 SBK_FN void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// The same; whether `yes` held for all of them.
+SBK_FN bool named_all(int id, int threads, bool yes) {
+  unsigned all;
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; barrier.cta.red.and.pred p, %1, %2, p; selp.u32 %0, 1, 0, p;}"
+               : "=r"(all) : "r"(id), "r"(threads), "r"((int)yes) : "memory");
+  return all;
+}
 SBK_FN void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- Registers: a warpgroup gives some back, or waits for some; multiples of 8 ----

@@ -1,32 +1,33 @@
 // Backward on Hopper: rows of hopper_backward.cuh's tiles whose logits are too large for one reciprocal a run (math.cuh). Each half
 // of a row chooses for itself, by its 4 lanes, so that no row depends on others.
 #pragma once
-#include "hopper.cuh"
-#include "tile.cuh"
+#include "hopper_backward_half.cuh"
 
 namespace sbk {
 namespace hopper_backward {
 
-// Where key t of the run of a thread's row r lies among the 32 elements of its accumulator.
-SBK_FN constexpr int element(int t, int r) { return t / 2 * 4 + 2 * r + t % 2; }
-
-// A half's 4 runs of a row.
-struct HalfScan {
-  float older;  // excess of the runs older than the lane's; of exact rows see scan_exactly
-  float total;  // excess of all 4
-};
-
 // Up to here, a product of u over the 4 runs of a half and its reciprocal are normal numbers.
 constexpr float WALK_LIMIT = 1.07374182e9f;  // 2^30
 
-// Rows (bits) of this quad whose runs are not all simple; bit 2: some row of the warp is such.
-SBK_FN int find_exact_rows(const float (&excess)[2], int lane) {
-  if (__all_sync(ALL_LANES, excess[0] < WALK_LIMIT && excess[1] < WALK_LIMIT)) return 0;
-  int found = 4;
+SBK_FN bool walks_simply(const float (&excess)[2]) { return excess[0] < WALK_LIMIT && excess[1] < WALK_LIMIT; }
+
+// Rows (bits) of this quad whose runs are not all simple, in a warp that has some and in one that has none.
+// NOTE: what the lanes of a warp do together may hang on the type, which they share, and not on the rows, in which quads differ.
+struct ExactRows {
+  static constexpr bool ANY = true;
+  int rows;
+};
+struct NoExactRows {
+  static constexpr bool ANY = false;
+  static constexpr int rows = 0;
+};
+
+SBK_FN ExactRows find_exact_rows(const float (&excess)[2], int lane) {
+  ExactRows found = {0};
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const unsigned lanes = __ballot_sync(ALL_LANES, !(excess[r] < WALK_LIMIT));
-    found |= (lanes >> (lane & 28) & 15) != 0 ? 1 << r : 0;
+    found.rows |= (lanes >> (lane & 28) & 15) != 0 ? 1 << r : 0;
   }
   return found;
 }
@@ -60,7 +61,13 @@ template <int R> SBK_FN void scan_exactly(float (&e)[2 * R], HalfScan (&scans)[2
   }
 }
 
-// What the walk in consume() does, for a warp with exact rows: those are walked from the newest key, as in MixedPath::weights, the
+// NOTE: a number whose origin the compiler does not know: else it keeps the reciprocals of scan_exactly for the walk, in no registers.
+SBK_FN float anew(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
+// What walk does, for a warp with exact rows: those are walked from the newest key, as in MixedPath::weights, the
 // others as ever. weights: the lane's first row.
 template <typename T, int R>
 SBK_FN void walk_exactly(const float (&e)[2 * R], float (&dA)[2 * R], const float (&start)[2], int exact, unsigned weights,
@@ -74,12 +81,12 @@ SBK_FN void walk_exactly(const float (&e)[2 * R], float (&dA)[2 * R], const floa
 #pragma unroll
     for (int t = R - 2; t >= 0; t -= 2) {
       if (is_exact) {
-        const float e0 = e[element(t, r)], e1 = e[element(t + 1, r)];
+        const float e0 = anew(e[element(t, r)]), e1 = anew(e[element(t + 1, r)]);
         const float left1 = left * rcp(1.f + e1);
         left = left1 * rcp(1.f + e0);
         store_shared(row + ((t / 2 ^ lane / 4) << 4), pack<T>(left * e0, left1 * e1));
-        dA[element(t, r)] *= left;
-        dA[element(t + 1, r)] *= left1;
+        dA[element(t, r)] *= left * e0;
+        dA[element(t + 1, r)] *= left1 * e1;
       }
     }
 #pragma unroll
@@ -88,8 +95,8 @@ SBK_FN void walk_exactly(const float (&e)[2 * R], float (&dA)[2 * R], const floa
         const float e0 = e[element(t, r)], e1 = e[element(t + 1, r)];
         const float left1 = fmaf(left, e0, left);
         store_shared(row + ((t / 2 ^ lane / 4) << 4), pack<T>(left * e0, left1 * e1));
-        dA[element(t, r)] *= left;
-        dA[element(t + 1, r)] *= left1;
+        dA[element(t, r)] *= left * e0;
+        dA[element(t + 1, r)] *= left1 * e1;
         left = fmaf(left1, e1, left1);
       }
     }

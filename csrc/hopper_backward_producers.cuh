@@ -175,34 +175,42 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
 }
 
 // The first tile of a query block stores its part of dq, the others add theirs in turn, so that sums are the same each time.
+// NOTE: what a step takes here, one wait for memory after the other, has to stay below what it takes the consumers. So what comes next is
+// looked up while the sum before is under way.
 template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Barriers barriers = barriers_of(s, p);
-  each_step<C>(p, s, lane, [&](const Work& work, VisitingBlocks& blocks, int n) {
-    const int index = blocks.index(blocks.next(lane));
-    if (lane == 0) {
-      const bool first = p.block_oldest[index] == work.tile;
-      float* sum = p.dq_sum + (int64)index * (2 * C::DQ_FLOATS);
-      barriers.wait_for_turn(p.dq_turn + index, work.tile, DQ_TURN);
-      fence_async_global();
-      for (int half = 0; half < 2; half++, sum += C::DQ_FLOATS) {
-        barriers.wait(DQ_FULL + half, n % 2);
-        fence_async_shared();  // for all who wrote it
-        if (first)
-          store_bulk(sum, shared_address(s.dq[half]), C::DQ_FLOATS * 4);
-        else
-          reduce_add(sum, shared_address(s.dq[half]), C::DQ_FLOATS * 4);
-        bulk_commit();
-      }
-      bulk_wait_read<1>();
-      barriers.arrive(DQ_EMPTY);
+  constexpr int FLOATS = 2 * C::DQ_FLOATS;
+  int last = -1, tile = 0;  // of the sum under way: number of its block; its tile
+  auto finish = [&] {
+    if (lane == 0 && last >= 0) {
       bulk_wait_read<0>();
-      barriers.arrive(DQ_EMPTY + 1);
+      barriers.arrive(DQ_EMPTY);
       bulk_wait<0>();
       fence_async_global();
-      store_release(p.dq_turn + index, work.tile + 1);
+      store_release(p.dq_turn + last, tile + 1);
+    }
+    __syncwarp();
+  };
+  each_step<C>(p, s, lane, [&](const Work& work, VisitingBlocks& blocks, int n) {
+    const int index = blocks.index(blocks.next(lane));
+    const bool first = p.block_oldest[index] == work.tile;
+    finish();
+    last = index, tile = work.tile;
+    if (lane == 0) {
+      float* sum = p.dq_sum + (int64)index * FLOATS;
+      barriers.wait_for_turn(p.dq_turn + index, tile, DQ_TURN);
+      barriers.wait(DQ_FULL, n % 2);
+      fence_async_global();
+      fence_async_shared();  // for all who wrote it
+      if (first)
+        store_bulk(sum, shared_address(s.dq), FLOATS * 4);
+      else
+        reduce_add(sum, shared_address(s.dq), FLOATS * 4);
+      bulk_commit();
     }
     __syncwarp();
   });
+  finish();
 }
 
 }  // namespace hopper_backward

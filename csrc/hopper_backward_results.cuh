@@ -5,14 +5,30 @@
 namespace sbk {
 namespace hopper_backward {
 
-// A block's half of dq, the n-th of all tiles, to the warp that adds it up.
-template <class C> SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq)[C::HEAD_DIM / 4], int half, int n, int lane) {
-  barriers.wait(DQ_EMPTY + half, n % 2 ^ 1);
+// dq = dz k, of a step: all of a half's dz and columns of k.
+template <class C, int COUNT> SBK_FN void multiply_dq(float (&dq)[COUNT], uint64 dz_rows, uint64 k_columns) {
+  wgmma_fence();
 #pragma unroll
-  for (int j = 0; j < C::HEAD_DIM / 16; j++)
-    store_shared(to + j * 128 * 16, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
+  for (int i = 0; i < C::BLOCK_N / 16; i++)
+    wgmma_step<typename C::T, ALONG_K, ACROSS_K>(dq, dz_rows + along_k(i, C::HALF_BYTES), k_columns + across_k(i), i);
+  wgmma_commit();
+}
+// sum += x^T y over the step's rows, or, unless `keep`, from nothing.
+template <class C, int COUNT> SBK_FN void add_product(float (&sum)[COUNT], uint64 x_columns, uint64 y_columns, bool keep) {
+#pragma unroll
+  for (int i = 0; i < C::BLOCK_M / 16; i++)
+    wgmma_add<typename C::T, ACROSS_K, ACROSS_K>(sum, x_columns + across_k(i), y_columns + across_k(i), keep || i > 0);
+}
+
+// A block's half of dq, the n-th of all tiles, to the warp that adds it up: BEGIN, where dq holds both.
+template <class C, int BEGIN = 0, int COUNT>
+SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq)[COUNT], int n, int lane) {
+  barriers.wait(DQ_EMPTY, n % 2 ^ 1);
+#pragma unroll
+  for (int j = BEGIN; j < BEGIN + C::HEAD_DIM / 4; j += 4)
+    store_shared(to + (j - BEGIN) / 4 * 128 * 16, dq[j], dq[j + 1], dq[j + 2], dq[j + 3]);
   __syncwarp();
-  barriers.arrive(DQ_FULL + half, arrives(lane));
+  barriers.arrive(DQ_FULL, arrives(lane));
 }
 
 // Accumulator [HALF_N, D] times scale, rounded, to slabs slab_bytes apart; `stored`: see Thread.
@@ -27,14 +43,15 @@ SBK_FN void stage_sums(unsigned tile, int slab_bytes, unsigned stored, const flo
   }
 }
 
-// dk and dv of the half's keys, through its rows of v, which only its own products read, and of k, which both halves' do.
+// dk and dv of the half's keys, through its rows of v, which only its own products read, and of k, which both halves' do; with sums apart
+// all products are done.
 template <class C>
 SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& work, int stage, int half, const float (&dk)[C::HEAD_DIM / 2],
                        const float (&dv)[C::HEAD_DIM / 2]) {
   const unsigned stored = Thread(threadIdx.x % 128).stored;
   const unsigned dv_tile = shared_address(s.v[stage]) + half * C::HALF_BYTES, dk_tile = shared_address(s.k[stage]) + half * C::HALF_BYTES;
   stage_sums<C>(dv_tile, C::K_SLAB_BYTES, stored, dv, 1.f);
-  named_sync(BOTH_HALVES, 256);  // both are done with k
+  if (!C::SUMS_APART) named_sync(BOTH_HALVES, 256);  // both are done with k
   stage_sums<C>(dk_tile, C::K_SLAB_BYTES, stored, dk, p.given.shape.scale);
   fence_async_shared();
   named_sync(OLDER_HALF + half, 128);

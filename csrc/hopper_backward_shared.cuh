@@ -9,10 +9,13 @@ template <typename T_, int HEAD_DIM_> struct HopperBackwardConfig {
   using T = T_;
   static constexpr int HEAD_DIM = HEAD_DIM_, BLOCK_M = HOPPER_BLOCK_M, BLOCK_N = HOPPER_BLOCK_N;
   static constexpr int HALF_N = BLOCK_N / 2, RUN = HALF_N / 4, SLABS = HEAD_DIM / SLAB_COLUMNS;
-  static constexpr int THREADS = 384;
-  static constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
-  static_assert(128 * (2 * CONSUMER_REGISTERS + PRODUCER_REGISTERS) <= registers_at_start(THREADS));
-  static constexpr int STAGES = 2, SLOTS = 4, KEY_STAGES = HEAD_DIM == 64 ? 2 : 1;  // of q and dout; of state; of k and v
+  // Whether a warpgroup of its own adds up dq, dk and dv: its registers have to hold dk and dv of the whole tile.
+  static constexpr bool SUMS_APART = HEAD_DIM == 64;
+  static constexpr int WARPS = SUMS_APART ? 16 : 12, THREADS = 32 * WARPS;
+  static constexpr int CONSUMER_REGISTERS = SUMS_APART ? 136 : 232, SUMS_REGISTERS = SUMS_APART ? 200 : 0, PRODUCER_REGISTERS = 40;
+  static_assert(128 * (2 * CONSUMER_REGISTERS + SUMS_REGISTERS + PRODUCER_REGISTERS) <= registers_at_start(THREADS));
+  static constexpr int STAGES = SUMS_APART ? 4 : 2, A_STAGES = SUMS_APART ? 2 : 1, DZ_STAGES = 2;  // of q and dout; of A; of dz
+  static constexpr int SLOTS = 4, KEY_STAGES = HEAD_DIM == 64 ? 2 : 1;                             // of state; of k and v
   static constexpr int Q_SLAB_BYTES = BLOCK_M * SLAB_ROW_BYTES, K_SLAB_BYTES = BLOCK_N * SLAB_ROW_BYTES;
   static constexpr int Q_BYTES = SLABS * Q_SLAB_BYTES, K_BYTES = SLABS * K_SLAB_BYTES;
   static constexpr int HALF_BYTES = HALF_N * SLAB_ROW_BYTES;  // half the keys of a slab, and [BLOCK_M, HALF_N] of A or dz
@@ -26,25 +29,27 @@ namespace hopper_backward {
 enum BarrierName {
   WORK_FULL, WORK_EMPTY = WORK_FULL + 2,                                              // by place
   K_FULL = WORK_EMPTY + 2, V_FULL = K_FULL + 2, KEYS_EMPTY = V_FULL + 2,              // by stage
-  Q_FULL = KEYS_EMPTY + 2, Q_EMPTY = Q_FULL + 2, DOUT_FULL = Q_EMPTY + 2, DOUT_EMPTY = DOUT_FULL + 2,  // by stage
-  DZ_FULL = DOUT_EMPTY + 2, DZ_EMPTY = DZ_FULL + 2,                                   // by stage
-  DQ_FULL = DZ_EMPTY + 2, DQ_EMPTY = DQ_FULL + 2,                                     // by half
-  STATE_FULL = DQ_EMPTY + 2, STATE_EMPTY = STATE_FULL + 4,                            // by slot
+  Q_FULL = KEYS_EMPTY + 2, Q_EMPTY = Q_FULL + 4, DOUT_FULL = Q_EMPTY + 4, DOUT_EMPTY = DOUT_FULL + 4,  // by stage
+  A_FULL = DOUT_EMPTY + 4, A_EMPTY = A_FULL + 2, DZ_FULL = A_EMPTY + 2, DZ_EMPTY = DZ_FULL + 2,        // by stage; of A with sums apart
+  DQ_FULL = DZ_EMPTY + 2, DQ_EMPTY,
+  STATE_FULL, STATE_EMPTY = STATE_FULL + 4,                                           // by slot
   EXCESS_FULL = STATE_EMPTY + 4,                                                      // by half, slot
   SUM_FULL = EXCESS_FULL + 8, NEXT_FULL = SUM_FULL + 4, NEXT_EMPTY = NEXT_FULL + 4,   // by slot
   BARRIERS = NEXT_EMPTY + 4,
   STATE_TURN, DQ_TURN  // waits for other blocks, for error codes only
 };
-SBK_FN int arrivals_of(int barrier) {
-  const bool by_both_halves = (barrier >= Q_EMPTY && barrier < DOUT_FULL) || (barrier >= DOUT_EMPTY && barrier < DZ_FULL) ||
-                              (barrier >= DZ_FULL && barrier < DQ_FULL) || (barrier >= STATE_EMPTY && barrier < EXCESS_FULL);
-  const bool by_one_half = (barrier >= DQ_FULL && barrier < DQ_EMPTY) || (barrier >= EXCESS_FULL && barrier < NEXT_EMPTY);
-  const bool by_a_warp = (barrier >= STATE_FULL && barrier < STATE_EMPTY) || barrier >= NEXT_EMPTY;
+template <class C> SBK_FN int arrivals_of(int barrier) {
+  const auto within = [&](int first, int end) { return barrier >= first && barrier < end; };
+  const bool by_sums = within(Q_EMPTY, DOUT_FULL) || within(DOUT_EMPTY, A_FULL) || within(A_EMPTY, DZ_FULL) || within(DZ_EMPTY, DQ_FULL);
+  const bool by_both_halves = (by_sums && !C::SUMS_APART) || within(A_FULL, A_EMPTY) || within(DZ_FULL, DZ_EMPTY) || barrier == DQ_FULL ||
+                              within(STATE_EMPTY, EXCESS_FULL);
+  const bool by_one_half = by_sums || within(EXCESS_FULL, NEXT_EMPTY);
+  const bool by_a_warp = within(STATE_FULL, STATE_EMPTY) || barrier >= NEXT_EMPTY;
   if (by_both_halves || by_one_half || by_a_warp) return (by_both_halves ? 8 : by_one_half ? 4 : 1) * WARP_ARRIVALS;
-  if (barrier >= WORK_EMPTY && barrier < K_FULL) return 11 * WARP_ARRIVALS;  // all but the one that loads
-  return barrier >= K_FULL && barrier < Q_FULL ? 2 : 1;                      // a thread for each half of the tile; one
+  if (within(WORK_EMPTY, K_FULL)) return (C::WARPS - 1) * WARP_ARRIVALS;  // all but the one that loads
+  return within(K_FULL, Q_FULL) ? 2 : 1;                                  // a thread for each half of the tile; one
 }
-enum NamedBarrier { ALL_THREADS, OLDER_HALF, NEWER_HALF, BOTH_HALVES };
+enum NamedBarrier { ALL_THREADS, OLDER_HALF, NEWER_HALF, BOTH_HALVES, OLDER_TURN, NEWER_TURN };
 
 struct Work {
   Sequence at;  // its head: the key head
@@ -59,7 +64,7 @@ struct Visit {
 
 template <class C> struct alignas(SWIZZLE_BYTES) Shared {
   char k[C::KEY_STAGES][C::K_BYTES], v[C::KEY_STAGES][C::K_BYTES], q[C::STAGES][C::Q_BYTES], dout[C::STAGES][C::Q_BYTES];
-  char weights[2][C::HALF_BYTES], dz[C::STAGES][2][C::HALF_BYTES];  // [half]
+  char weights[C::A_STAGES][2][C::HALF_BYTES], dz[C::DZ_STAGES][2][C::HALF_BYTES];  // [half]
   float dq[2][C::DQ_FLOATS];                                        // [half]: in the order of the product's registers
   // By slot and row; each row's lie equally far apart.
   float2 state[C::SLOTS][C::BLOCK_M];   // carry (see encode_carry), dr r + sum of a over the older tiles
@@ -67,7 +72,7 @@ template <class C> struct alignas(SWIZZLE_BYTES) Shared {
   float2 excess[C::SLOTS][C::BLOCK_M];  // of the older and the newer half: its product of all u, less 1
   float2 sum[C::SLOTS][C::BLOCK_M];     // x: dr r + sum of a over the older tiles and the older half
   Barrier barriers[BARRIERS];
-  int patience;  // directly behind the barriers
+  int patience, failed;    // directly behind the barriers; the last barrier whose wait was given up, plus 1
   int visible[C::STAGES];  // of the block whose q is there: keys of the tile that its first row sees, BLOCK_N or more for all
   Work work[2];            // this tile's and the next one's; no steps: the end
   Work loading;            // the one whose rows are loaded ...
@@ -77,7 +82,7 @@ template <class C> struct alignas(SWIZZLE_BYTES) Shared {
 // A wait that runs out is given up after this many tries: seconds.
 constexpr int PATIENCE = 1 << 22;
 
-// The barriers of a block. A wait that runs out is reported and passed, with all later ones of this block cut short.
+// The barriers of a block. A wait that runs out is noted and passed, with all later ones of this block cut short; see report.
 // NOTE: a trap would keep the compiler from giving the consumers more registers than a thread starts with.
 struct Barriers {
   unsigned address;
@@ -102,7 +107,12 @@ struct Barriers {
   }
   SBK_FN void give_up(int barrier) const {
     store_shared(at(BARRIERS), 1u);
-    atomicCAS(p.given.error, 0, barrier + 1);
+    store_shared(at(BARRIERS) + 4, (unsigned)barrier + 1);
+  }
+  // At a warp's end, to the host. NOTE: there, not in each wait: the machine code of waits lies in the loops.
+  SBK_FN void report() const {
+    const int failed = load_shared_int(at(BARRIERS) + 4);
+    if (failed) atomicCAS(p.given.error, 0, failed);
   }
 };
 
@@ -145,15 +155,15 @@ constexpr int ROW_BYTES = sizeof(float2);  // of state and the like
 
 // NOTE: what comes out of a shuffle the compiler keeps; a thread's number and the address of shared memory it would read anew for each
 // use, 30 clocks each, and what follows from them it would keep instead, in registers it does not have.
-SBK_FN int kept(int number) { return __shfl_sync(ALL_LANES, number, number); }
+SBK_FN unsigned kept(unsigned number) { return __shfl_sync(ALL_LANES, number, number); }
 SBK_FN unsigned kept_address(unsigned x) { return __shfl_sync(ALL_LANES, x, 0); }
 
 // What follows from a thread's number in its warpgroup.
 struct Thread {
-  int lane, q, row;  // in the warp, in its quad; the first of its two rows
+  unsigned lane, q, row;  // in the warp, in its quad; the first of its two rows
   unsigned stored;   // its place for store_matrices: row lane % 16 of the warp's, and there the piece lane / 16, swizzled. 16 columns on
                      // are 32 bytes, added without carry
-  SBK_FN explicit Thread(int number)
+  SBK_FN explicit Thread(unsigned number)
       : lane(number % 32), q(number % 4), row(number / 32 * 16 + lane / 4),
         stored((number / 32 * 16 + lane % 16) * SLAB_ROW_BYTES + ((lane / 16 ^ lane % 8) << 4)) {}
 };
