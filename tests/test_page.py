@@ -15,6 +15,7 @@ import sys
 
 import pytest
 
+from sbkernels import environment
 from sbkernels.cli.main import main
 from sbkernels.report import build, charts, performance, points, stored
 from sbkernels.verify import record
@@ -115,6 +116,19 @@ def test_committed_results(committed):
     assert verified["failed"] == 0 and f"All {verified['ran']:,} checks passed on NVIDIA H200" in page
     for said in ("planted mistakes were caught", "random problems failed", "The default config is within 2 % of the best"):
         assert said in page, said
+
+
+def test_a_record_is_stale_by_the_sources_of_its_own_backends(tmp_path):
+    """As of `sbk verify --check-record`."""
+    content = json.loads((record.FOLDER / "fuzz-torch-cpu.json").read_text())
+    of, other = record.backends(content), "triton"
+    assert of == {"torch"}
+    for changed in (other, *of):
+        content["environment"]["sources"] = environment.source_hashes() | {changed: "0" * 16}
+        path = tmp_path / f"{changed}.json"
+        path.write_text(json.dumps(content))
+        heading = "All records are of" if changed == other else "1 of 1 records: kernel sources have changed since"
+        assert heading in build.machines(stored.load([path])).heading and bool(record.stale(path)) == (changed != other)
 
 
 def test_what_is_missing_is_said():

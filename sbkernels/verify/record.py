@@ -38,20 +38,21 @@ def stale(path) -> list[str]:
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         content["environment"]["sources"]
-        if content["kind"] == "profile":  # of one backend
-            named = {content["backend"]}
-        else:
-            named = {row["contender" if content["kind"] == "bench" else "backend"] for row in content["rows"]}
+        differences = changed(content)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a record: {error!r}") from error
-    return [
-        f"{name}: recorded sources {recorded}, present sources {present}"
-        for name, (recorded, present) in changed(content).items()
-        if name in named
-    ]
+    return [f"{name}: recorded sources {recorded}, present sources {present}" for name, (recorded, present) in differences.items()]
+
+
+def backends(content: dict) -> set[str]:
+    """Those that a record is of, and what they were timed beside; all, of a profile that was only read."""
+    if content["kind"] == "profile":
+        return {content["backend"]} if "backend" in content else {*content["environment"].get("sources", {})}
+    return {row["contender" if content["kind"] == "bench" else "backend"] for row in content["rows"]}
 
 
 def changed(content: dict) -> dict[str, tuple[str | None, str]]:
-    """(recorded, present) hashes of the backends that load here and whose sources are not those of a record."""
+    """(recorded, present) hashes of the backends of a record that load here and whose sources are others by now."""
     recorded, present = content["environment"].get("sources", {}), environment.source_hashes()
-    return {name: (recorded.get(name), present[name]) for name in sorted(present) if recorded.get(name) != present[name]}
+    names = sorted(backends(content) & present.keys())
+    return {name: (recorded.get(name), present[name]) for name in names if recorded.get(name) != present[name]}
