@@ -110,6 +110,7 @@ def main(arguments: list[str]) -> int:
         parser.error(str(error))
     module = build.build(pathlib.Path(tempfile.gettempdir()) / "sbkernels-emulator", given.csrc.resolve(), tuple(given.widths))
     jobs = given.job or jobs_of_seeds(range(given.first, given.first + given.seeds)) or jobs_of_harness()
+    jobs = [job for job in jobs if max(parse(job)[-1].D, parse(job)[-1].Dv) <= max(given.widths)]
     failures = check(jobs, module)
     print(*failures, f"{len(jobs)} jobs, {len(failures)} failed", sep="\n")
     return bool(failures)
