@@ -2,8 +2,8 @@
 //
 //     grid        at most as many blocks of THREADS as multiprocessors, each taking one (key head, key tile) after the other, by ticket
 //     warpgroups  0 and 1: the older and the newer half of the tile's keys, with dk and dv of the half in registers; the last: a warp
-//                 each for loads, for state in, for state out and for dq. With sums apart (HEAD_DIM 64) one more between them takes dq,
-//                 dk and dv off the first two
+//                 each for loads, for state in, for state out and for dq. With sums apart (HEAD_DIM 64) one more between them takes dk
+//                 and dv off the first, which are three then, each taking every third half of a step
 //     k, v        the tile [BLOCK_N, D], keys permuted within each half (tile.cuh), in KEY_STAGES, the next one's loaded meanwhile where
 //                 there are two; q, dout [BLOCK_M, D] in STAGES; by tensor maps
 //     step        one block of BLOCK_M queries of one query head that visits the tile, see VisitingBlocks
@@ -30,7 +30,7 @@
 namespace sbk {
 namespace hopper_backward {
 
-template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>& s, int half) {
+template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>& s, int consumer) {
   using T = typename C::T;
   using Simple = SimplePath<C::RUN>;
   constexpr int D = C::HEAD_DIM;
@@ -39,39 +39,30 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
   // Where things lie in shared memory.
   using Here = Shared<C>;
   const unsigned q_tile = base + offsetof(Here, q), dout_tile = base + offsetof(Here, dout), k_tile = base + offsetof(Here, k);
-  const unsigned v_tile = base + offsetof(Here, v), weights_tiles = base + offsetof(Here, weights) + half * C::HALF_BYTES;
-  const unsigned dz_tiles = base + offsetof(Here, dz), dq_tile = base + offsetof(Here, dq) + half * (C::DQ_FLOATS * 4);
+  const unsigned v_tile = base + offsetof(Here, v), weights_tiles = base + offsetof(Here, weights);
+  const unsigned dz_tiles = base + offsetof(Here, dz), dq_tiles = base + offsetof(Here, dq);
   const Barriers barriers = {base + (unsigned)offsetof(Here, barriers), p};
   constexpr int STATE = offsetof(Here, state), NEXT = offsetof(Here, next), EXCESS = offsetof(Here, excess), SUM = offsetof(Here, sum);
   constexpr int SECOND = 8 * ROW_BYTES;  // a thread's second row
   // Operands of the five products. Rows: along k; columns: across it, of the half's keys or, k_columns, the half's part of D.
   constexpr int Q_STAGE = further(C::Q_BYTES), DZ_STAGE = further(2 * C::HALF_BYTES);
   const uint64 q_rows = operand(q_tile, 0), dout_rows = operand(dout_tile, 0), dz_rows = operand(dz_tiles, 0);
-  const uint64 k_rows = operand(k_tile + half * C::HALF_BYTES, 0), v_rows = operand(v_tile + half * C::HALF_BYTES, 0);
+  const uint64 k_rows = operand(k_tile, 0), v_rows = operand(v_tile, 0), k_columns = operand(k_tile, 0);
   const uint64 q_columns = operand(q_tile, C::Q_SLAB_BYTES), dout_columns = operand(dout_tile, C::Q_SLAB_BYTES);
-  const uint64 k_columns = operand(k_tile + half * C::K_SLAB_BYTES, 0);
-  const uint64 A_columns = operand(weights_tiles, 0), dz_columns = operand(dz_tiles + half * C::HALF_BYTES, 0);
+  const uint64 A_columns = operand(weights_tiles, 0), dz_columns = operand(dz_tiles, 0);
+  constexpr int HALF = further(C::HALF_BYTES), COLUMNS = further(D == 128 ? C::K_SLAB_BYTES : D);  // of k, to the other half
 
-  // A or dz is in shared memory, for this warpgroup's products or, by a barrier, those of the sums.
-  auto written = [&](int full, bool arriving) {
-    fence_async_shared();
-    if constexpr (C::SUMS_APART)
-      __syncwarp();
-    else
-      named_sync(OLDER_HALF + half, 128);
-    barriers.arrive(full, arriving);
-  };
   // Without sums apart the halves take turns with the products that begin a step, so that one's run beside the rest of the other's step.
   auto take_turn = [&] {
-    if constexpr (!C::SUMS_APART) named_sync(OLDER_TURN + half, 256);
+    if constexpr (!C::SUMS_APART) named_sync(OLDER_TURN + consumer, 256);
   };
   auto pass_turn = [&] {
-    if constexpr (!C::SUMS_APART) named_arrive(OLDER_TURN + (half ^ 1), 256);
+    if constexpr (!C::SUMS_APART) named_arrive(OLDER_TURN + (consumer ^ 1), 256);
   };
-  if (half == 1) pass_turn();
+  if (consumer == 1) pass_turn();
   float dk[D / 2], dv[D / 2], e[32], dA[32];
-  bool q_ready = false;  // for the next step, asked at the end of the last
-  unsigned g = 0;        // steps of all tiles so far
+  bool dz_ready = true, q_ready = false;  // for the next one, asked at the end of the last
+  unsigned u = consumer, end = 0;         // halves of steps of all tiles, steps of all tiles so far
 #pragma unroll 1
   for (int t = 0;; t++) {
     const int key_stage = t % C::KEY_STAGES, key_parity = t / C::KEY_STAGES % 2;
@@ -81,58 +72,62 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     if (steps == 0) break;
     barriers.wait(K_FULL + key_stage, key_parity);
     barriers.wait(V_FULL + key_stage, key_parity);
-    bool dz_ready = true;
+    const unsigned begin = end;
+    end += steps;
 #pragma unroll 1
-    for (int n = 0; n < steps; n++, g++) {
+    for (; u < 2 * end; u += C::CONSUMERS) {
+      const unsigned g = u / 2, n = g - begin, half = C::SUMS_APART ? u % 2 : consumer;
+      const unsigned after = (u + C::CONSUMERS) / 2;  // the next one's step
       const int stage = g % C::STAGES, parity = g / C::STAGES % 2, slot = g % C::SLOTS, slot_parity = g / C::SLOTS % 2;
       const int out = g % C::DZ_STAGES, out_parity = g / C::DZ_STAGES % 2;  // of dz, and of A where it has stages
-      const unsigned weights_tile = weights_tiles + out % C::A_STAGES * (2 * C::HALF_BYTES);
+      const unsigned weights_tile = weights_tiles + (out % C::A_STAGES * 2 + half) * C::HALF_BYTES;
 
-      // dq of two steps ago (before the third: of what is there, and thrown away), then s = q k^T.
+      // dq of two steps ago (before the third: of what is there, and thrown away), s = q k^T, and dk of the last step (before the second
+      // likewise), which is not waited for.
       float dq[D / 4];
       take_turn();
-      if constexpr (!C::SUMS_APART) {
-        barriers.wait_unless(dz_ready, DZ_FULL + out, out_parity ^ 1);
-        multiply_dq<C>(dq, dz_rows + out * DZ_STAGE, k_columns + keys);
-      }
+      barriers.wait_unless(dz_ready, DZ_FULL + out, out_parity ^ 1);
+      multiply_dq<C>(dq, dz_rows + out * DZ_STAGE, k_columns + keys + half * COLUMNS);
       barriers.wait_unless(q_ready, Q_FULL + stage, parity);
       const uint64 q_stage = q_rows + stage * Q_STAGE, dout_stage = dout_rows + stage * Q_STAGE;
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < D / 16; i++)
-        wgmma_step<T, ALONG_K, ALONG_K>(e, q_stage + along_k(i, C::Q_SLAB_BYTES), k_rows + keys + along_k(i, C::K_SLAB_BYTES), i);
+        wgmma_step<T, ALONG_K, ALONG_K>(e, q_stage + along_k(i, C::Q_SLAB_BYTES), k_rows + keys + half * HALF + along_k(i, C::K_SLAB_BYTES), i);
       wgmma_commit();
+      if constexpr (!C::SUMS_APART) {
+        add_product<C>(dk, dz_columns + (out ^ 1) * DZ_STAGE + half * HALF, q_columns + (stage ^ 1) * Q_STAGE, n > 1);
+        wgmma_commit();
+      }
       const auto [lane, q, row, stored] = Thread(kept(threadIdx.x % 128));
       const bool arriving = arrives(lane);
       const int visible = __shfl_sync(ALL_LANES, load_shared_int(base + (unsigned)offsetof(Here, visible) + stage * 4), 0);
       const bool dout_ready = barriers.ready(DOUT_FULL + stage, parity);
-      if constexpr (!C::SUMS_APART) {
-        wgmma_wait<1>();  // dq, and of the last step dv and dk
-        barriers.arrive(DOUT_EMPTY + (stage ^ 1), arriving && g >= 1);
-        barriers.arrive(Q_EMPTY + (stage ^ 1), arriving && g >= 1);
-        barriers.arrive(DZ_EMPTY + out, arriving && g >= 2);
-        if (n >= 2) hand_dq_over<C>(barriers, dq_tile + kept(threadIdx.x % 128) * 16, dq, g - 2, lane);
-      }
-      wgmma_wait<0>();
+      constexpr int DK = C::SUMS_APART ? 0 : 1;
+      wgmma_wait<DK + 1>();  // dq, and of the last step dv
+      if constexpr (!C::SUMS_APART) barriers.arrive(DOUT_EMPTY + (stage ^ 1), arriving && g >= 1);
+      barriers.arrive(DZ_EMPTY + out, arriving && g >= 2);
+      if (n >= 2) hand_dq_over<C>(barriers, dq_tiles + half * (C::DQ_FLOATS * 4) + kept(threadIdx.x % 128) * 16, dq, g - 2, lane);
+      wgmma_wait<DK>();
       pass_turn();
 
       // dA = dout v^T and, between its steps, e = 2^s.
-      float u[2] = {1.f, 1.f};
+      float product[2] = {1.f, 1.f};  // of all 1 + e
       barriers.wait_unless(dout_ready, DOUT_FULL + stage, parity);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         if (D == 128 || i % 2 == 0) {
           const int k = i * D / 128;
-          wgmma_step<T, ALONG_K, ALONG_K>(dA, dout_stage + along_k(k, C::Q_SLAB_BYTES), v_rows + keys + along_k(k, C::K_SLAB_BYTES), k);
+          wgmma_step<T, ALONG_K, ALONG_K>(dA, dout_stage + along_k(k, C::Q_SLAB_BYTES), v_rows + keys + half * HALF + along_k(k, C::K_SLAB_BYTES), k);
         }
-        exponentiate(e, u, i, p.scale_log2);
+        exponentiate(e, product, i, p.scale_log2);
       }
       wgmma_commit();
       const bool state_ready = barriers.ready(STATE_FULL + slot, slot_parity), next_free = barriers.ready(NEXT_EMPTY + slot, slot_parity ^ 1);
       if (visible < C::BLOCK_N)
-        hide_others(e, u, visible + (int)Thread(kept(threadIdx.x % 128)).row - half * C::HALF_N - (int)q * C::RUN);
-      const float excess[2] = {u[0] - 1.f, u[1] - 1.f};
+        hide_others(e, product, visible + (int)(Thread(kept(threadIdx.x % 128)).row - half * C::HALF_N - q * C::RUN));
+      const float excess[2] = {product[0] - 1.f, product[1] - 1.f};
       const unsigned here = base + (slot * C::BLOCK_M + row) * ROW_BYTES;
 
       // The rest of the step, compiled for warps without exact rows and for others.
@@ -193,10 +188,12 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
           }
         }
         const bool A_free = !C::SUMS_APART || barriers.ready(A_EMPTY + out, out_parity ^ 1);
-        if constexpr (C::SUMS_APART)
+        if constexpr (C::SUMS_APART) {
           barriers.wait_unless(A_free, A_EMPTY + out, out_parity ^ 1);
-        else
-          wgmma_wait<0>();  // dA
+        } else {
+          wgmma_wait<0>();  // dA, and of the last step dk
+          barriers.arrive(Q_EMPTY + (stage ^ 1), arriving && g >= 1);
+        }
 
         // Walk: A, and a in place of dA.
         if constexpr (ANY_EXACT)
@@ -204,7 +201,12 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         else
           walk<T>(e, dA, start, weights_tile, stored);
         const bool dz_free = barriers.ready(DZ_EMPTY + out, out_parity ^ 1);
-        written(A_FULL + out, arriving && C::SUMS_APART);
+        fence_async_shared();
+        if constexpr (C::SUMS_APART)
+          __syncwarp();
+        else
+          named_sync(OLDER_HALF + half, 128);
+        barriers.arrive(A_FULL + out, arriving && C::SUMS_APART);
 
         // dv += A^T dout and, between its steps, a less e times the run's older sum of a in place of a.
         float sum[2] = {0.f, 0.f};
@@ -212,7 +214,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           if constexpr (!C::SUMS_APART)
-            wgmma_add<T, ACROSS_K, ACROSS_K>(dv, A_columns + across_k(i), dout_columns + stage * Q_STAGE + across_k(i), n > 0 || i > 0);
+            wgmma_add<T, ACROSS_K, ACROSS_K>(dv, A_columns + half * HALF + across_k(i), dout_columns + stage * Q_STAGE + across_k(i), n > 0 || i > 0);
           take_older(e, dA, sum, i);
         }
         if constexpr (!C::SUMS_APART) wgmma_commit();
@@ -233,14 +235,13 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 
         // dz.
         barriers.wait_unless(dz_free, DZ_EMPTY + out, out_parity ^ 1);
+        if constexpr (ANY_EXACT) renew(e);
         store_dz<T>(e, dA, older, dz_tiles + (out * 2 + half) * C::HALF_BYTES, stored);
-        if constexpr (!C::SUMS_APART) dz_ready = g < 1 || barriers.ready(DZ_FULL + (out ^ 1), (g - 1) / C::DZ_STAGES % 2);
-        q_ready = barriers.ready(Q_FULL + (g + 1) % C::STAGES, (g + 1) / C::STAGES % 2);
-        written(DZ_FULL + out, arriving);
-        if constexpr (C::SUMS_APART) return;
-        wgmma_fence();
-        add_product<C>(dk, dz_columns + out * DZ_STAGE, q_columns + stage * Q_STAGE, n > 0);
-        wgmma_commit();
+        dz_ready = after < 2 || barriers.ready(DZ_FULL + after % C::DZ_STAGES, after / C::DZ_STAGES % 2 ^ 1);
+        q_ready = barriers.ready(Q_FULL + after % C::STAGES, after / C::STAGES % 2);
+        fence_async_shared();
+        __syncwarp();
+        barriers.arrive(DZ_FULL + out, arriving);
       };
       // NOTE: a warpgroup's warps have to begin products, and to wait for them, together. By a shuffle the compiler knows that a warp stays so.
       if constexpr (C::SUMS_APART) wgmma_wait<0>();  // dA, before they part
@@ -250,24 +251,36 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       else
         finish(find_exact_rows(excess, lane));
     }
+    // dq of the last two steps, and dk of the last. There is at least one. With sums apart the consumer whose half was the last one takes
+    // both halves of the last step, the others a half each of the one before.
+    // NOTE: before anything of the next tile is waited for: other blocks may have to have this dq for that to come.
+    const unsigned last = end - 1, next = u - 2 * end;
+    const unsigned first = C::SUMS_APART && next == 2 ? end - 1 : end - 2, jobs = C::SUMS_APART && next != 2 ? 1 : 2;
     if constexpr (!C::SUMS_APART) {
-      // dq of the last two steps. There is at least one.
-      int m = max((int)g - 2, (int)g - steps);
-#pragma unroll 1
-      do {
-        float dq[D / 4];
-        barriers.wait(DZ_FULL + m % 2, m / 2 % 2);
-        multiply_dq<C>(dq, dz_rows + m % 2 * DZ_STAGE, k_columns + keys);
-        wgmma_wait<0>();
-        hand_dq_over<C>(barriers, dq_tile + threadIdx.x % 128 * 16, dq, m, threadIdx.x % 32);
-      } while (++m < (int)g);
-      store_sums(p, s, s.work[t % 2], key_stage, half, dk, dv);
-      barriers.arrive(KEYS_EMPTY + key_stage, threadIdx.x % 128 == 0);
+      barriers.wait(DZ_FULL + last % C::DZ_STAGES, last / C::DZ_STAGES % 2);
+      wgmma_fence();
+      add_product<C>(dk, dz_columns + last % C::DZ_STAGES * DZ_STAGE + consumer * HALF, q_columns + last % C::STAGES * Q_STAGE, steps > 1);
+      wgmma_commit();
     }
+#pragma unroll 1
+    for (unsigned i = 0; i < jobs; i++) {
+      const unsigned m = C::SUMS_APART ? first : first + i, half = !C::SUMS_APART ? consumer : next == 2 ? i : next;
+      if ((int)(m - begin) < 0) continue;
+      float dq[D / 4];
+      barriers.wait(DZ_FULL + m % C::DZ_STAGES, m / C::DZ_STAGES % 2);
+      multiply_dq<C>(dq, dz_rows + m % C::DZ_STAGES * DZ_STAGE, k_columns + keys + half * COLUMNS);
+      wgmma_wait<0>();
+      hand_dq_over<C>(barriers, dq_tiles + half * (C::DQ_FLOATS * 4) + threadIdx.x % 128 * 16, dq, m, threadIdx.x % 32);
+    }
+    if constexpr (!C::SUMS_APART) {
+      wgmma_wait<0>();  // dk
+      store_sums(p, s, s.work[t % 2], key_stage, consumer, dk, dv);
+    }
+    barriers.arrive(KEYS_EMPTY + key_stage, threadIdx.x % 128 == 0);
     __syncwarp();
     barriers.arrive(WORK_EMPTY + t % 2, arrives(threadIdx.x % 32));
   }
-  if (half == 0) take_turn();
+  if (consumer == 0) take_turn();
 }
 
 }  // namespace hopper_backward
@@ -289,7 +302,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
   if (threadIdx.x == 0) s.patience = PATIENCE, s.failed = 0;
   __syncthreads();
 
-  if (warp < 8) {
+  if (warp < 4 * C::CONSUMERS) {
     registers_increase<C::CONSUMER_REGISTERS>();
     consume<C>(p, s, warp / 4);
   } else if (warp >= C::WARPS - 4) {

@@ -67,6 +67,11 @@ SBK_FN float anew(float x) {
   return x;
 }
 
+template <int COUNT> SBK_FN void renew(float (&x)[COUNT]) {
+#pragma unroll
+  for (float& each : x) each = anew(each);
+}
+
 // What walk does, for a warp with exact rows: those are walked from the newest key, as in MixedPath::weights, the
 // others as ever. weights: the lane's first row.
 template <typename T, int R>

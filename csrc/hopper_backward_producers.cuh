@@ -180,11 +180,11 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
 template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Barriers barriers = barriers_of(s, p);
   constexpr int FLOATS = 2 * C::DQ_FLOATS;
-  int last = -1, tile = 0;  // of the sum under way: number of its block; its tile
+  int last = -1, tile = 0, number = 0;  // of the sum under way: number of its block, tile, step
   auto finish = [&] {
     if (lane == 0 && last >= 0) {
       bulk_wait_read<0>();
-      barriers.arrive(DQ_EMPTY);
+      barriers.arrive(DQ_EMPTY + number % 2);
       bulk_wait<0>();
       fence_async_global();
       store_release(p.dq_turn + last, tile + 1);
@@ -195,11 +195,11 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
     const int index = blocks.index(blocks.next(lane));
     const bool first = p.block_oldest[index] == work.tile;
     finish();
-    last = index, tile = work.tile;
+    last = index, tile = work.tile, number = n;
     if (lane == 0) {
       float* sum = p.dq_sum + (int64)index * FLOATS;
       barriers.wait_for_turn(p.dq_turn + index, tile, DQ_TURN);
-      barriers.wait(DQ_FULL, n % 2);
+      barriers.wait(DQ_FULL + n % 2, n / 2 % 2);
       fence_async_global();
       fence_async_shared();  // for all who wrote it
       if (first)

@@ -20,15 +20,14 @@ template <class C, int COUNT> SBK_FN void add_product(float (&sum)[COUNT], uint6
     wgmma_add<typename C::T, ACROSS_K, ACROSS_K>(sum, x_columns + across_k(i), y_columns + across_k(i), keep || i > 0);
 }
 
-// A block's half of dq, the n-th of all tiles, to the warp that adds it up: BEGIN, where dq holds both.
-template <class C, int BEGIN = 0, int COUNT>
-SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq)[COUNT], int n, int lane) {
-  barriers.wait(DQ_EMPTY, n % 2 ^ 1);
+// A block's half of dq, the n-th of all tiles, to the warp that adds it up, once the one before is taken.
+// NOTE: a barrier for every other one: whoever hands over the next but one may come before the one before is taken.
+template <class C> SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq)[C::HEAD_DIM / 4], int n, int lane) {
+  barriers.wait(DQ_EMPTY + (n + 1) % 2, (n + 1) / 2 % 2 ^ 1);
 #pragma unroll
-  for (int j = BEGIN; j < BEGIN + C::HEAD_DIM / 4; j += 4)
-    store_shared(to + (j - BEGIN) / 4 * 128 * 16, dq[j], dq[j + 1], dq[j + 2], dq[j + 3]);
+  for (int j = 0; j < C::HEAD_DIM / 4; j += 4) store_shared(to + j / 4 * 128 * 16, dq[j], dq[j + 1], dq[j + 2], dq[j + 3]);
   __syncwarp();
-  barriers.arrive(DQ_FULL, arrives(lane));
+  barriers.arrive(DQ_FULL + n % 2, arrives(lane));
 }
 
 // Accumulator [HALF_N, D] times scale, rounded, to slabs slab_bytes apart; `stored`: see Thread.
@@ -44,34 +43,46 @@ SBK_FN void stage_sums(unsigned tile, int slab_bytes, unsigned stored, const flo
 }
 
 // dk and dv of the half's keys, through its rows of v, which only its own products read, and of k, which both halves' do; with sums apart
-// all products are done.
+// both through v, since consumers may still multiply by k.
 template <class C>
 SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& work, int stage, int half, const float (&dk)[C::HEAD_DIM / 2],
                        const float (&dv)[C::HEAD_DIM / 2]) {
   const unsigned stored = Thread(threadIdx.x % 128).stored;
-  const unsigned dv_tile = shared_address(s.v[stage]) + half * C::HALF_BYTES, dk_tile = shared_address(s.k[stage]) + half * C::HALF_BYTES;
-  stage_sums<C>(dv_tile, C::K_SLAB_BYTES, stored, dv, 1.f);
-  if (!C::SUMS_APART) named_sync(BOTH_HALVES, 256);  // both are done with k
-  stage_sums<C>(dk_tile, C::K_SLAB_BYTES, stored, dk, p.given.shape.scale);
-  fence_async_shared();
-  named_sync(OLDER_HALF + half, 128);
+  const unsigned dv_tile = shared_address(s.v[stage]) + half * C::HALF_BYTES;
+  const unsigned dk_tile = C::SUMS_APART ? dv_tile : shared_address(s.k[stage]) + half * C::HALF_BYTES;
   const Sequence at = work.at;
   const int first = work.tile * C::BLOCK_N + half * C::HALF_N;
-#pragma unroll 1
-  for (int i = 0; i < 2; i++) {  // dv, dk
-    const unsigned from = i ? dk_tile : dv_tile;
-    if (first + C::HALF_N > at.N) {
-      using T = typename C::T;
-      const Tensor& x = i ? p.given.dk : p.given.dv;
-      const Rows<T> rows = {rows_of<T>(x, at, 1), x.stride_row, at.N, i ? p.given.shape.head_dim : p.given.shape.value_dim, first};
-      store_pieces<C::HALF_N, C::SLABS, KeyOrder<C::HALF_N>>(from, C::K_SLAB_BYTES, rows, threadIdx.x % 128);
-    } else if (threadIdx.x % 128 == 0) {
-      store_keys<C::SLABS>(i ? p.dk : p.dv, from, C::K_SLAB_BYTES, at.batch, at.head, (int)at.token + first);
-    }
+  auto sync = [&] { named_sync(OLDER_HALF + half, 128); };
+  auto send = [&](const Tensor& x, const MappedKeys& mapped, int width, unsigned from) {
+    using T = typename C::T;
+    if (first + C::HALF_N > at.N)
+      store_pieces<C::HALF_N, C::SLABS, KeyOrder<C::HALF_N>>(from, C::K_SLAB_BYTES, Rows<T>{rows_of<T>(x, at, 1), x.stride_row, at.N, width, first},
+                                                             threadIdx.x % 128);
+    else if (threadIdx.x % 128 == 0)
+      store_keys<C::SLABS>(mapped, from, C::K_SLAB_BYTES, at.batch, at.head, (int)at.token + first);
+    bulk_commit();
+  };
+  stage_sums<C>(dv_tile, C::K_SLAB_BYTES, stored, dv, 1.f);
+  if constexpr (C::SUMS_APART) {
+    fence_async_shared();
+    sync();
+  } else {
+    named_sync(BOTH_HALVES, 256);  // both are done with k
+    stage_sums<C>(dk_tile, C::K_SLAB_BYTES, stored, dk, p.given.shape.scale);
+    fence_async_shared();
+    sync();
   }
-  bulk_commit();
+  send(p.given.dv, p.dv, p.given.shape.value_dim, dv_tile);
+  if constexpr (C::SUMS_APART) {
+    bulk_wait_read<0>();
+    sync();
+    stage_sums<C>(dk_tile, C::K_SLAB_BYTES, stored, dk, p.given.shape.scale);
+    fence_async_shared();
+    sync();
+  }
+  send(p.given.dk, p.dk, p.given.shape.head_dim, dk_tile);
   bulk_wait_read<0>();
-  named_sync(OLDER_HALF + half, 128);
+  sync();
 }
 
 // dk and dv of a tile that nobody visits, by a warp.

@@ -9,11 +9,11 @@ template <typename T_, int HEAD_DIM_> struct HopperBackwardConfig {
   using T = T_;
   static constexpr int HEAD_DIM = HEAD_DIM_, BLOCK_M = HOPPER_BLOCK_M, BLOCK_N = HOPPER_BLOCK_N;
   static constexpr int HALF_N = BLOCK_N / 2, RUN = HALF_N / 4, SLABS = HEAD_DIM / SLAB_COLUMNS;
-  // Whether a warpgroup of its own adds up dq, dk and dv: its registers have to hold dk and dv of the whole tile.
+  // Whether a warpgroup of its own adds up dk and dv, of the whole tile; that leaves registers for one more that walks.
   static constexpr bool SUMS_APART = HEAD_DIM == 64;
-  static constexpr int WARPS = SUMS_APART ? 16 : 12, THREADS = 32 * WARPS;
-  static constexpr int CONSUMER_REGISTERS = SUMS_APART ? 136 : 232, SUMS_REGISTERS = SUMS_APART ? 200 : 0, PRODUCER_REGISTERS = 40;
-  static_assert(128 * (2 * CONSUMER_REGISTERS + SUMS_REGISTERS + PRODUCER_REGISTERS) <= registers_at_start(THREADS));
+  static constexpr int CONSUMERS = SUMS_APART ? 3 : 2, WARPS = 4 * (CONSUMERS + SUMS_APART + 1), THREADS = 32 * WARPS;
+  static constexpr int CONSUMER_REGISTERS = SUMS_APART ? 96 : 232, SUMS_REGISTERS = SUMS_APART ? 160 : 0, PRODUCER_REGISTERS = SUMS_APART ? 32 : 40;
+  static_assert(128 * (CONSUMERS * CONSUMER_REGISTERS + SUMS_REGISTERS + PRODUCER_REGISTERS) <= registers_at_start(THREADS));
   static constexpr int STAGES = SUMS_APART ? 4 : 2, A_STAGES = SUMS_APART ? 2 : 1, DZ_STAGES = 2;  // of q and dout; of A; of dz
   static constexpr int SLOTS = 4, KEY_STAGES = HEAD_DIM == 64 ? 2 : 1;                             // of state; of k and v
   static constexpr int Q_SLAB_BYTES = BLOCK_M * SLAB_ROW_BYTES, K_SLAB_BYTES = BLOCK_N * SLAB_ROW_BYTES;
@@ -31,8 +31,8 @@ enum BarrierName {
   K_FULL = WORK_EMPTY + 2, V_FULL = K_FULL + 2, KEYS_EMPTY = V_FULL + 2,              // by stage
   Q_FULL = KEYS_EMPTY + 2, Q_EMPTY = Q_FULL + 4, DOUT_FULL = Q_EMPTY + 4, DOUT_EMPTY = DOUT_FULL + 4,  // by stage
   A_FULL = DOUT_EMPTY + 4, A_EMPTY = A_FULL + 2, DZ_FULL = A_EMPTY + 2, DZ_EMPTY = DZ_FULL + 2,        // by stage; of A with sums apart
-  DQ_FULL = DZ_EMPTY + 2, DQ_EMPTY,
-  STATE_FULL, STATE_EMPTY = STATE_FULL + 4,                                           // by slot
+  DQ_FULL = DZ_EMPTY + 2, DQ_EMPTY = DQ_FULL + 2,                                     // of every other step
+  STATE_FULL = DQ_EMPTY + 2, STATE_EMPTY = STATE_FULL + 4,                            // by slot
   EXCESS_FULL = STATE_EMPTY + 4,                                                      // by half, slot
   SUM_FULL = EXCESS_FULL + 8, NEXT_FULL = SUM_FULL + 4, NEXT_EMPTY = NEXT_FULL + 4,   // by slot
   BARRIERS = NEXT_EMPTY + 4,
@@ -41,10 +41,12 @@ enum BarrierName {
 template <class C> SBK_FN int arrivals_of(int barrier) {
   const auto within = [&](int first, int end) { return barrier >= first && barrier < end; };
   const bool by_sums = within(Q_EMPTY, DOUT_FULL) || within(DOUT_EMPTY, A_FULL) || within(A_EMPTY, DZ_FULL) || within(DZ_EMPTY, DQ_FULL);
-  const bool by_both_halves = (by_sums && !C::SUMS_APART) || within(A_FULL, A_EMPTY) || within(DZ_FULL, DZ_EMPTY) || barrier == DQ_FULL ||
+  const bool by_both_halves = (by_sums && !C::SUMS_APART) || within(A_FULL, A_EMPTY) || within(DZ_FULL, DZ_EMPTY) || within(DQ_FULL, DQ_EMPTY) ||
                               within(STATE_EMPTY, EXCESS_FULL);
   const bool by_one_half = by_sums || within(EXCESS_FULL, NEXT_EMPTY);
   const bool by_a_warp = within(STATE_FULL, STATE_EMPTY) || barrier >= NEXT_EMPTY;
+  if (C::SUMS_APART && within(DZ_EMPTY, DQ_FULL)) return 12 * WARP_ARRIVALS;        // dk and both halves of dq
+  if (C::SUMS_APART && within(KEYS_EMPTY, Q_FULL)) return C::CONSUMERS + 2;         // a thread each, and two of the sums'
   if (by_both_halves || by_one_half || by_a_warp) return (by_both_halves ? 8 : by_one_half ? 4 : 1) * WARP_ARRIVALS;
   if (within(WORK_EMPTY, K_FULL)) return (C::WARPS - 1) * WARP_ARRIVALS;  // all but the one that loads
   return within(K_FULL, Q_FULL) ? 2 : 1;                                  // a thread for each half of the tile; one

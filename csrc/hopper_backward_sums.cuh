@@ -1,4 +1,4 @@
-// Backward on Hopper with sums apart (head dims up to 64): the warpgroup that adds up dv, dq and dk, out of A and dz as the consumers of
+// Backward on Hopper with sums apart (head dims up to 64): the warpgroup that adds up dv and dk, out of A and dz as the consumers of
 // hopper_backward.cuh leave them in shared memory.
 #pragma once
 #include "hopper_backward_results.cuh"
@@ -9,11 +9,10 @@ namespace hopper_backward {
 template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& s) {
   using Here = Shared<C>;
   constexpr int D = C::HEAD_DIM, Q_STAGE = further(C::Q_BYTES), OUT_STAGE = further(2 * C::HALF_BYTES), HALF = further(C::HALF_BYTES);
-  const unsigned base = kept_address(shared_address(&s)), dq_tile = base + offsetof(Here, dq);
+  const unsigned base = kept_address(shared_address(&s));
   const Barriers barriers = {base + (unsigned)offsetof(Here, barriers), p};
   const uint64 q_columns = operand(base + offsetof(Here, q), C::Q_SLAB_BYTES), dout_columns = operand(base + offsetof(Here, dout), C::Q_SLAB_BYTES);
   const uint64 A_columns = operand(base + offsetof(Here, weights), 0), dz_columns = operand(base + offsetof(Here, dz), 0);
-  const uint64 k_columns = operand(base + offsetof(Here, k), C::K_SLAB_BYTES);
   float dk[2][D / 2], dv[2][D / 2];  // by half
   int g = 0;                         // steps of all tiles so far
 #pragma unroll 1
@@ -35,19 +34,14 @@ template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& 
         add_product<C>(dv[half], A_columns + out * OUT_STAGE + half * HALF, dout_columns + stage * Q_STAGE, n > 0);
       wgmma_commit();
       barriers.wait(DZ_FULL + out, parity);
-      float dq[D / 2];
-      multiply_dq<C>(dq, dz_columns + out * OUT_STAGE, k_columns + key_stage * further(C::K_BYTES));
+      wgmma_fence();
 #pragma unroll
       for (int half = 0; half < 2; half++)
         add_product<C>(dk[half], dz_columns + out * OUT_STAGE + half * HALF, q_columns + stage * Q_STAGE, n > 0);
       wgmma_commit();
-      wgmma_wait<2>();  // dv
+      wgmma_wait<1>();  // dv
       barriers.arrive(A_EMPTY + out, arriving);
       barriers.arrive(DOUT_EMPTY + stage, arriving);
-      wgmma_wait<1>();  // dq
-      const unsigned to = dq_tile + kept(threadIdx.x % 128) * 16;
-      hand_dq_over<C>(barriers, to, dq, g, lane);
-      hand_dq_over<C, D / 4>(barriers, to + C::DQ_FLOATS * 4, dq, g, lane);
       wgmma_wait<0>();  // dk
       barriers.arrive(DZ_EMPTY + out, arriving);
       barriers.arrive(Q_EMPTY + stage, arriving);

@@ -21,8 +21,8 @@ PLANTED = {
     ),
     "dq's place is given back before it is read": (
         "hopper_backward_producers.cuh",
-        "bulk_wait_read<0>();\n      barriers.arrive(DQ_EMPTY);",
-        "barriers.arrive(DQ_EMPTY);",
+        "bulk_wait_read<0>();\n      barriers.arrive(DQ_EMPTY + number % 2);",
+        "barriers.arrive(DQ_EMPTY + number % 2);",
         "output='dq'",
     ),
     "a turn is not passed on": (
