@@ -286,7 +286,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 }  // namespace hopper_backward
 
 template <class C>
-__global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __grid_constant__ HopperBackwardParams p) {
+__global__ void __maxnreg__(registers_at_start(C::THREADS) / C::THREADS) hopper_backward_kernel(const __grid_constant__ HopperBackwardParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // other architectures get an empty kernel, which nobody launches
   using namespace hopper_backward;
   extern __shared__ __align__(SWIZZLE_BYTES) unsigned char hopper_shared[];
@@ -305,12 +305,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
   if (warp < 4 * C::CONSUMERS) {
     registers_increase<C::CONSUMER_REGISTERS>();
     consume<C>(p, s, warp / 4);
-  } else if (warp >= C::WARPS - 4) {
-    registers_decrease<C::PRODUCER_REGISTERS>();
-    if (warp == C::WARPS - 4) load_rows<C>(p, s, lane);
-    if (warp == C::WARPS - 3) take_state<C>(p, s, lane);
-    if (warp == C::WARPS - 2) pass_state_on<C>(p, s, lane);
-    if (warp == C::WARPS - 1) add_dq<C>(p, s, lane);
+  } else if (warp >= C::PRODUCERS) {
+    if (warp < C::PRODUCERS + 4) registers_decrease<C::PRODUCER_REGISTERS>();  // one beyond keeps what it starts with
+    if (warp == C::PRODUCERS) load_rows<C>(p, s, lane);
+    if (warp == C::PRODUCERS + 1) take_state<C>(p, s, lane);
+    if (warp == C::PRODUCERS + 2) pass_state_on<C>(p, s, lane);
+    if (warp >= C::PRODUCERS + 3) add_dq<C>(p, s, lane, warp - C::PRODUCERS - 3);
   } else if constexpr (C::SUMS_APART) {
     registers_increase<C::SUMS_REGISTERS>();
     add_up<C>(p, s);

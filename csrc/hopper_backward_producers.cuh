@@ -177,7 +177,7 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
 // The first tile of a query block stores its part of dq, the others add theirs in turn, so that sums are the same each time.
 // NOTE: what a step takes here, one wait for memory after the other, has to stay below what it takes the consumers. So what comes next is
 // looked up while the sum before is under way.
-template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& s, int lane) {
+template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& s, int lane, int adder) {
   const Barriers barriers = barriers_of(s, p);
   constexpr int FLOATS = 2 * C::DQ_FLOATS;
   int last = -1, tile = 0, number = 0;  // of the sum under way: number of its block, tile, step
@@ -193,6 +193,7 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
   };
   each_step<C>(p, s, lane, [&](const Work& work, VisitingBlocks& blocks, int n) {
     const int index = blocks.index(blocks.next(lane));
+    if (n % C::ADDERS != adder) return;
     const bool first = p.block_oldest[index] == work.tile;
     finish();
     last = index, tile = work.tile, number = n;
@@ -203,9 +204,9 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
       fence_async_global();
       fence_async_shared();  // for all who wrote it
       if (first)
-        store_bulk(sum, shared_address(s.dq), FLOATS * 4);
+        store_bulk(sum, shared_address(s.dq[n % C::DQ_STAGES]), FLOATS * 4);
       else
-        reduce_add(sum, shared_address(s.dq), FLOATS * 4);
+        reduce_add(sum, shared_address(s.dq[n % C::DQ_STAGES]), FLOATS * 4);
       bulk_commit();
     }
     __syncwarp();
