@@ -174,43 +174,49 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
   });
 }
 
+template <int COUNT_> struct Pending { static constexpr int COUNT = COUNT_; };
+
 // The first tile of a query block stores its part of dq, the others add theirs in turn, so that sums are the same each time.
 // NOTE: what a step takes here, one wait for memory after the other, has to stay below what it takes the consumers. So what comes next is
-// looked up while the sum before is under way.
+// looked up while the sum before is under way and, of two places, is begun before that is passed on; unless it has to be waited for: others
+// may wait for the one before.
 template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Barriers barriers = barriers_of(s, p);
   constexpr int FLOATS = 2 * C::DQ_FLOATS;
   int last = -1, tile = 0, number = 0;  // of the sum under way: number of its block, tile, step
-  auto finish = [&] {
-    if (lane == 0 && last >= 0) {
-      bulk_wait_read<0>();
-      barriers.arrive(DQ_EMPTY + number % 2);
-      bulk_wait<0>();
-      fence_async_global();
-      store_release(p.dq_turn + last, tile + 1);
-    }
-    __syncwarp();
+  auto finish = [&](auto pending) {
+    if (last < 0) return;
+    bulk_wait_read<decltype(pending)::COUNT>();
+    barriers.arrive(DQ_EMPTY + number % 2);
+    bulk_wait<decltype(pending)::COUNT>();
+    fence_async_global();
+    store_release(p.dq_turn + last, tile + 1);
+    last = -1;
   };
   each_step<C>(p, s, lane, [&](const Work& work, VisitingBlocks& blocks, int n) {
     const int index = blocks.index(blocks.next(lane));
     const bool first = p.block_oldest[index] == work.tile;
-    finish();
-    last = index, tile = work.tile, number = n;
     if (lane == 0) {
+      const bool at_once = C::DQ_STAGES == 2 && load_acquire(p.dq_turn + index) >= work.tile && barriers.ready(DQ_FULL + n % 2, n / 2 % 2);
+      if (!at_once) {
+        finish(Pending<0>());
+        barriers.wait_for_turn(p.dq_turn + index, work.tile, DQ_TURN);
+        barriers.wait(DQ_FULL + n % 2, n / 2 % 2);
+      }
       float* sum = p.dq_sum + (int64)index * FLOATS;
-      barriers.wait_for_turn(p.dq_turn + index, tile, DQ_TURN);
-      barriers.wait(DQ_FULL + n % 2, n / 2 % 2);
       fence_async_global();
       fence_async_shared();  // for all who wrote it
       if (first)
-        store_bulk(sum, shared_address(s.dq), FLOATS * 4);
+        store_bulk(sum, shared_address(s.dq[n % C::DQ_STAGES]), FLOATS * 4);
       else
-        reduce_add(sum, shared_address(s.dq), FLOATS * 4);
+        reduce_add(sum, shared_address(s.dq[n % C::DQ_STAGES]), FLOATS * 4);
       bulk_commit();
+      finish(Pending<1>());
+      last = index, tile = work.tile, number = n;
     }
     __syncwarp();
   });
-  finish();
+  if (lane == 0) finish(Pending<0>());
 }
 
 }  // namespace hopper_backward

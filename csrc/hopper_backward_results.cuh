@@ -23,7 +23,9 @@ template <class C, int COUNT> SBK_FN void add_product(float (&sum)[COUNT], uint6
 // A block's half of dq, the n-th of all tiles, to the warp that adds it up, once the one before is taken.
 // NOTE: a barrier for every other one: whoever hands over the next but one may come before the one before is taken.
 template <class C> SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq)[C::HEAD_DIM / 4], int n, int lane) {
-  barriers.wait(DQ_EMPTY + (n + 1) % 2, (n + 1) / 2 % 2 ^ 1);
+  constexpr int BEFORE = 2 - C::DQ_STAGES;  // whose place it takes: of the step before or, of two places, of the one before that
+  barriers.wait(DQ_EMPTY + (n + BEFORE) % 2, (n + BEFORE) / 2 % 2 ^ 1);
+  to += n % C::DQ_STAGES * (2 * C::DQ_FLOATS * 4);
 #pragma unroll
   for (int j = 0; j < C::HEAD_DIM / 4; j += 4) store_shared(to + j / 4 * 128 * 16, dq[j], dq[j + 1], dq[j + 2], dq[j + 3]);
   __syncwarp();

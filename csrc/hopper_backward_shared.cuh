@@ -14,7 +14,7 @@ template <typename T_, int HEAD_DIM_> struct HopperBackwardConfig {
   static constexpr int CONSUMERS = SUMS_APART ? 3 : 2, WARPS = 4 * (CONSUMERS + SUMS_APART + 1), THREADS = 32 * WARPS;
   static constexpr int CONSUMER_REGISTERS = SUMS_APART ? 96 : 232, SUMS_REGISTERS = SUMS_APART ? 160 : 0, PRODUCER_REGISTERS = SUMS_APART ? 32 : 40;
   static_assert(128 * (CONSUMERS * CONSUMER_REGISTERS + SUMS_REGISTERS + PRODUCER_REGISTERS) <= registers_at_start(THREADS));
-  static constexpr int STAGES = SUMS_APART ? 4 : 2, A_STAGES = SUMS_APART ? 2 : 1, DZ_STAGES = 2;  // of q and dout; of A; of dz
+  static constexpr int STAGES = SUMS_APART ? 3 : 2, DQ_STAGES = SUMS_APART ? 2 : 1, A_STAGES = SUMS_APART ? 2 : 1, DZ_STAGES = 2;  // of q and dout; of A; of dz
   static constexpr int SLOTS = 4, KEY_STAGES = HEAD_DIM == 64 ? 2 : 1;                             // of state; of k and v
   static constexpr int Q_SLAB_BYTES = BLOCK_M * SLAB_ROW_BYTES, K_SLAB_BYTES = BLOCK_N * SLAB_ROW_BYTES;
   static constexpr int Q_BYTES = SLABS * Q_SLAB_BYTES, K_BYTES = SLABS * K_SLAB_BYTES;
@@ -67,7 +67,7 @@ struct Visit {
 template <class C> struct alignas(SWIZZLE_BYTES) Shared {
   char k[C::KEY_STAGES][C::K_BYTES], v[C::KEY_STAGES][C::K_BYTES], q[C::STAGES][C::Q_BYTES], dout[C::STAGES][C::Q_BYTES];
   char weights[C::A_STAGES][2][C::HALF_BYTES], dz[C::DZ_STAGES][2][C::HALF_BYTES];  // [half]
-  float dq[2][C::DQ_FLOATS];                                        // [half]: in the order of the product's registers
+  float dq[C::DQ_STAGES][2][C::DQ_FLOATS];                                        // [half]: in the order of the product's registers
   // By slot and row; each row's lie equally far apart.
   float2 state[C::SLOTS][C::BLOCK_M];   // carry (see encode_carry), dr r + sum of a over the older tiles
   float2 next[C::SLOTS][C::BLOCK_M];    // the same for the next tile; carry 0: the row's stays as it is
