@@ -116,8 +116,9 @@ template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C
   }
 }
 
-// The other warps' way through the tiles: step(work, blocks, n) for each step of each, n counting on.
-template <class C, typename Step> SBK_FN void each_step(const HopperBackwardParams& p, Shared<C>& s, int lane, Step step) {
+// The other warps' way through the tiles: step(work, blocks, n) for each step of each, n counting on, and done(work) behind the last.
+template <class C, typename Step, typename Done>
+SBK_FN void each_step(const HopperBackwardParams& p, Shared<C>& s, int lane, Step step, Done done) {
   const Barriers barriers = barriers_of(s, p);
   int g = 0;
   for (int t = 0;; t++) {
@@ -127,9 +128,14 @@ template <class C, typename Step> SBK_FN void each_step(const HopperBackwardPara
     if (end == g) break;
     VisitingBlocks blocks(p, work);
     for (; g < end; g++) step(work, blocks, g);
+    done(work);
     __syncwarp();
     barriers.arrive(WORK_EMPTY + t % 2, arrives(lane));
   }
+}
+
+template <class C, typename Step> SBK_FN void each_step(const HopperBackwardParams& p, Shared<C>& s, int lane, Step step) {
+  each_step<C>(p, s, lane, step, [](const Work&) {});
 }
 
 // What a row's walk starts from, in one number. > 0: the stick left by the tiles done. < 0: minus the stick on entry from the newer
@@ -143,9 +149,9 @@ template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<
   each_step<C>(p, s, lane, [&](const Work& work, VisitingBlocks& blocks, int n) {
     const int slot = n % C::SLOTS, tile = work.tile;
     const Visit visit = blocks.next(lane);
-    const int index = blocks.index(visit), all = query_blocks(work.at);
+    const int index = blocks.index(visit);
     // Of a block: some of its rows may see none of its keys.
-    const bool newest = visit.block < (tile == newest_tile(work.at, all) ? all : first_block(work.at, tile + 1));
+    const bool newest = visit.block < end_of_newest(work.at, tile);
     const unsigned rows = index * (C::BLOCK_M / 2) + lane;  // two a lane
     barriers.wait(STATE_EMPTY + slot, n / C::SLOTS % 2 ^ 1);
     const int2 oldest = reinterpret_cast<const int2*>(p.oldest_tile)[rows];
@@ -159,19 +165,80 @@ template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<
   });
 }
 
+// dq of the query blocks whose newest tile this one is, out of their sums, once the tile's are among them: part by part, 16 rows of half
+// the columns. Of 8 parts a block, blocks by query head.
+template <class C> struct Conversion {
+  const HopperBackwardParams& p;
+  const Work& work;  // in shared memory
+  int part = 0, parts = 0;
+
+  SBK_FN int block() const { return work.first_block + part / 8 / p.given.shape.group; }
+  SBK_FN int head() const { return part / 8 % p.given.shape.group; }
+  SBK_FN const int* turn() const { return p.dq_turn + work.blocks + head() * p.head_blocks + block(); }
+  SBK_FN bool left() const { return part < parts; }
+  SBK_FN void begin() {
+    part = 0;
+    parts = 8 * p.given.shape.group * (end_of_newest(work.at, work.tile) - work.first_block);
+  }
+  SBK_FN void convert(int lane) {
+    using T = typename C::T;
+    constexpr int D = C::HEAD_DIM, PIECES = C::DQ_FLOATS / 4;  // of 16 bytes, in half a block's sums
+    const int half = part / 4 % 2, warp = part % 4;             // as in the kernel's products
+    Sequence at = work.at;
+    at.head = at.head * p.given.shape.group + head();
+    const int row = block() * C::BLOCK_M + warp * 16 + lane / 4, column = half * (D / 2) + lane % 4 * 2;
+    const Tensor& target = p.given.dq;
+    T* to = rows_of<T>(target, at, 1) + row * target.stride_row + column;
+    const float4* sums = reinterpret_cast<const float4*>(p.dq_sum) + ((int64)(turn() - p.dq_turn) * 2 + half) * PIECES + warp * 32 + lane;
+    const float scale = p.given.shape.scale;
+    const bool there = row < at.M, next_there = row + 8 < at.M;
+    constexpr int AT_ONCE = 1;
+#pragma unroll 1
+    for (int j = 0; j < D / 16; j += AT_ONCE, sums += AT_ONCE * 128, to += AT_ONCE * 8) {
+      float4 x[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) x[i] = __ldcg(sums + i * 128);
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        const bool inside = column + (j + i) * 8 < p.given.shape.head_dim;
+        if (inside && there) *reinterpret_cast<unsigned*>(to + i * 8) = pack<T>(x[i].x * scale, x[i].y * scale);
+        if (inside && next_there) *reinterpret_cast<unsigned*>(to + 8 * target.stride_row + i * 8) = pack<T>(x[i].z * scale, x[i].w * scale);
+      }
+    }
+    part++;
+  }
+};
+
+// And, where that has to be waited for, dq of the blocks that the last tile was the newest of.
 template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Barriers barriers = barriers_of(s, p);
-  each_step<C>(p, s, lane, [&](const Work& work, VisitingBlocks& blocks, int n) {
-    const int slot = n % C::SLOTS, index = blocks.index(blocks.next(lane));
-    barriers.wait(NEXT_FULL + slot, n / C::SLOTS % 2);
-    const float4 x = reinterpret_cast<const float4*>(s.next[slot])[lane];
-    float2* rows = reinterpret_cast<float2*>(p.state) + (int64)index * C::BLOCK_M + 2 * lane;
-    if (x.x != 0.f) __stcg(rows, make_float2(x.x, x.y));
-    if (x.z != 0.f) __stcg(rows + 1, make_float2(x.z, x.w));
-    __syncwarp();
-    barriers.arrive(NEXT_EMPTY + slot, arrives(lane));
-    if (lane == 0) store_release(p.state_turn + index, work.tile + 1);
-  });
+  Conversion<C> last = {p, s.done};
+  auto finish = [&] {
+    for (; last.left(); last.convert(lane)) barriers.wait_for_turn(last.turn(), s.done.tile + 1, DQ_TURN);
+  };
+  each_step<C>(
+      p, s, lane,
+      [&](const Work& work, VisitingBlocks& blocks, int n) {
+        const int slot = n % C::SLOTS, index = blocks.index(blocks.next(lane));
+        while (last.left() && __all_sync(ALL_LANES, !barriers.ready(NEXT_FULL + slot, n / C::SLOTS % 2) && load_acquire(last.turn()) > s.done.tile))
+          last.convert(lane);
+        barriers.wait(NEXT_FULL + slot, n / C::SLOTS % 2);
+        const float4 x = reinterpret_cast<const float4*>(s.next[slot])[lane];
+        float2* rows = reinterpret_cast<float2*>(p.state) + (int64)index * C::BLOCK_M + 2 * lane;
+        if (x.x != 0.f) __stcg(rows, make_float2(x.x, x.y));
+        if (x.z != 0.f) __stcg(rows + 1, make_float2(x.z, x.w));
+        __syncwarp();
+        barriers.arrive(NEXT_EMPTY + slot, arrives(lane));
+        if (lane == 0) store_release(p.state_turn + index, work.tile + 1);
+      },
+      [&](const Work& work) {
+        finish();
+        __syncwarp();
+        if (lane == 0) s.done = work;
+        __syncwarp();
+        last.begin();
+      });
+  finish();
 }
 
 // The first tile of a query block stores its part of dq, the others add theirs in turn, so that sums are the same each time.

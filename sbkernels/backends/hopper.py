@@ -110,7 +110,6 @@ def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_til
         blocks, tiles = part.batch * part.heads * head_blocks, part.batch * n * ceil_div(problem.keys, BLOCK_N)
         yield Launch("hopper_backward_begin", ceil_div(blocks, 8), packed)
         yield Launch("hopper_backward", min(tiles, launches.multiprocessors(problem.device)), packed)
-        yield Launch("hopper_backward_end", blocks, packed)
 
 
 @functools.cache
