@@ -77,7 +77,7 @@ template <typename T, int MT, int NT> SBK_FN void to_transposed_operand(unsigned
 template <class C>
 SBK_FN void weigh_and_differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], float (&dA)[C::MT][C::NT][4],
                                     unsigned state, int q) {
-  each_row(runs, q, [&](auto path, const auto& scan, int i) {
+  each_row(runs, q, [](bool yes) { return (bool)__all_sync(ALL_LANES, yes); }, [&](auto path, const auto& scan, int i) {
     using Path = decltype(path);
     typename C::Run& run = runs[i / 2][i % 2];
     float A[C::RUN], a[C::RUN], sum = 0.f;

@@ -42,7 +42,7 @@ template <class C>
 SBK_FN void differentiate(float (&dz)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], const float (&dA)[C::MT][C::NT][4],
                           BackwardRow (&rows)[C::MT][2], int end, int tile, int q, float* state_carry, float* state_sum) {
   using Run = typename C::Run;
-  each_row(runs, q, [&](auto path, const auto& scan, int i) {
+  each_row(runs, q, [](bool yes) { return (bool)__all_sync(ALL_LANES, yes); }, [&](auto path, const auto& scan, int i) {
     using Path = decltype(path);
     BackwardRow& row = rows[i / 2][i % 2];
     Run& run = runs[i / 2][i % 2];

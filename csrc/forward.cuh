@@ -37,7 +37,7 @@ struct ForwardRow {
 template <class C>
 SBK_FN void weigh(float (&s)[C::MT][C::NT][4], typename C::Run (&runs)[C::MT][2], ForwardRow (&rows)[C::MT][2], int tile, int q) {
   using Run = typename C::Run;
-  each_row(runs, q, [&](auto path, const auto& scan, int i) {
+  each_row(runs, q, [](bool yes) { return (bool)__all_sync(ALL_LANES, yes); }, [&](auto path, const auto& scan, int i) {
     using Path = decltype(path);
     ForwardRow& row = rows[i / 2][i % 2];
     Run& run = runs[i / 2][i % 2];

@@ -222,13 +222,13 @@ template <class Run, int R> SBK_FN void differentiate(const Run& run, float (&a)
 
 // step(path, scan, i) for each row of runs, path as all of the warp's runs want it, scan newest run first.
 // NOTE: scanned as simple ones before the branch, in the time that the vote takes.
-template <class Run, int MT, typename Step> SBK_FN void each_row(Run (&runs)[MT][2], int q, Step step) {
+template <class Run, int MT, typename Vote, typename Step> SBK_FN void each_row(Run (&runs)[MT][2], int q, Vote vote, Step step) {
   using Simple = typename Run::template Path<true>;
   using Mixed = typename Run::template Path<false>;
   bool simple = true;
 #pragma unroll
   for (int i = 0; i < MT * 2; i++) simple &= runs[i / 2][i % 2].simple();
-  simple = __all_sync(ALL_LANES, simple);
+  simple = vote(simple);
   Scan<typename Simple::Total> scans[MT * 2];
 #pragma unroll
   for (int i = 0; i < MT * 2; i++) scans[i] = scan_newer<Simple>(Simple::total(runs[i / 2][i % 2]), q);
