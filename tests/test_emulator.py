@@ -95,6 +95,16 @@ def test_planted_faults_are_found(found, fault):
     assert result.returncode == 1 and PLANTED[fault][3] in result.stdout, result.stdout + result.stderr
 
 
-def test_a_job_that_is_not_one_is_refused():
-    result = check("--job", "Case(N=3)")
-    assert result.returncode == 2 and "Case(N=3)" in result.stderr and "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--job", "Case(N=3)"), "SEED:EAGERNESS:MULTIPROCESSORS"),
+        (("--job", "1:2:3 cuda bfloat16 Case(N=3)"), "expected float16"),
+        (("--seeds", -1), "expected 0 or more"),
+        (("--csrc", "nowhere"), "expected a folder"),
+        (("--widths", 65), "expected some of"),
+    ],
+)
+def test_wrong_arguments(arguments, words):
+    result = check(*arguments)
+    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr

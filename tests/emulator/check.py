@@ -2,7 +2,7 @@
 
     python tests/emulator/check.py                    the harness's cases, each backend variant, one schedule each
     python tests/emulator/check.py --seeds 500        random problems on random schedules and numbers of multiprocessors
-    python tests/emulator/check.py --job TEXT         one of them again, as a failure was printed
+    python tests/emulator/check.py --job TEXT         one of them again, as a failure was printed; several may be given
 
 A job is "SEED:EAGERNESS:MULTIPROCESSORS cuda [(variant)] float16 Case(...)": see `schedule` in emulator.cpp. The kernels are built
 first, with g++; --csrc takes them from another folder.
@@ -14,11 +14,14 @@ import multiprocessing
 import os
 import pathlib
 import random
+import signal
 import sys
 import tempfile
 
 import backend
 import torch
+from rich import progress
+from rich.console import Console
 
 import build
 
@@ -49,6 +52,7 @@ def schedule(rng: random.Random) -> str:
 
 
 def start(module: pathlib.Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
     torch.set_num_threads(1)
     start.extension = backend.install(module)
 
@@ -62,7 +66,9 @@ def parse(job: str) -> tuple[int, int, int, str, object]:
         seed, eagerness, multiprocessors = map(int, how.split(":"))
     except ValueError:
         raise ValueError(f"--job {job!r}: expected SEED:EAGERNESS:MULTIPROCESSORS before the backend") from None
-    _, variant, _, case = fuzz.from_text(text)
+    _, variant, dtype, case = fuzz.from_text(text)
+    if dtype != "float16":
+        raise ValueError(f"--job {job!r}: expected float16, which the kernels are built for")
     return seed, eagerness, multiprocessors, variant, case
 
 
@@ -83,17 +89,21 @@ def failure(job: str) -> str:
     return "\n  ".join([job, *wrong]) if wrong else ""
 
 
-def check(jobs: list[str], module: pathlib.Path, most: int = 5) -> list[str]:
-    """The first failures of all jobs, in as many processes as there are cores."""
+def check(jobs: list[str], module: pathlib.Path, most: int = 5) -> tuple[int, list[str]]:
+    """(how many were run, the first failures), in as many processes as there are cores; Ctrl-C ends it with what there is."""
     spawn = multiprocessing.get_context("spawn")
-    failures = []
-    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn, start, (module,)) as pool:
-        for found in pool.map(failure, jobs, chunksize=4):
+    done, failures = 0, []
+    pool = concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn, start, (module,))
+    try:
+        for found in progress.track(pool.map(failure, jobs, chunksize=4), "checking", len(jobs), console=Console(stderr=True)):
+            done += 1
             failures += [found] if found else []
             if len(failures) == most:
-                pool.shutdown(cancel_futures=True)
                 break
-    return failures
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    pool.shutdown(cancel_futures=True)
+    return done, failures
 
 
 def main(arguments: list[str]) -> int:
@@ -104,6 +114,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--csrc", type=pathlib.Path, default=build.CSRC, metavar="FOLDER")
     parser.add_argument("--widths", type=int, nargs="+", default=build.WIDTHS, metavar="D", help="head dims up to these")
     given = parser.parse_args(arguments)
+    if given.seeds < 0 or given.first < 0:
+        parser.error(f"--seeds {given.seeds} --first {given.first}: expected 0 or more")
+    if not (given.csrc / "instance.cu").is_file():
+        parser.error(f"--csrc {given.csrc}: expected a folder with the sources of csrc")
+    if not set(given.widths) <= set(build.WIDTHS):
+        parser.error(f"--widths {given.widths}: expected some of {build.WIDTHS}")
     try:
         list(map(parse, given.job))
     except ValueError as error:
@@ -111,9 +127,9 @@ def main(arguments: list[str]) -> int:
     module = build.build(pathlib.Path(tempfile.gettempdir()) / "sbkernels-emulator", given.csrc.resolve(), tuple(given.widths))
     jobs = given.job or jobs_of_seeds(range(given.first, given.first + given.seeds)) or jobs_of_harness()
     jobs = [job for job in jobs if max(parse(job)[-1].D, parse(job)[-1].Dv) <= max(given.widths)]
-    failures = check(jobs, module)
-    print(*failures, f"{len(jobs)} jobs, {len(failures)} failed", sep="\n")
-    return bool(failures)
+    done, failures = check(jobs, module)
+    print(*failures, f"{done} jobs, {len(failures)} failed", sep="\n")
+    return bool(failures) or done < len(jobs)
 
 
 if __name__ == "__main__":
