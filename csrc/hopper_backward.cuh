@@ -78,6 +78,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     const uint64 keys = key_stage * further(C::K_BYTES);  // what this tile's k and v are further on
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
     const int steps = __shfl_sync(ALL_LANES, s.work[t % 2].steps, 0);
+    if (!C::SUMS_APART && t > 0 && steps == 0) convert_dq<C>(p, barriers, s.done[half], half);
     if (steps == 0) break;
     barriers.wait(K_FULL + key_stage, key_parity);
     barriers.wait(V_FULL + key_stage, key_parity);
@@ -88,13 +89,9 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       const int out = g % C::DZ_STAGES, out_parity = g / C::DZ_STAGES % 2;  // of dz, and of A where it has stages
       const unsigned weights_tile = weights_tiles + out % C::A_STAGES * (2 * C::HALF_BYTES);
 
-      // dq of two steps ago (before the third: of what is there, and thrown away), then s = q k^T.
+      // s = q k^T and, without sums apart, dq of two steps ago (before the third: of what is there, and thrown away).
       float dq[D / 4];
       take_turn();
-      if constexpr (!C::SUMS_APART) {
-        barriers.wait_unless(dz_ready, DZ_FULL + out, out_parity ^ 1);
-        multiply_dq<C>(dq, dz_rows + out * DZ_STAGE, k_columns + keys);
-      }
       barriers.wait_unless(q_ready, Q_FULL + stage, parity);
       const uint64 q_stage = q_rows + stage * Q_STAGE, dout_stage = dout_rows + stage * Q_STAGE;
       wgmma_fence();
@@ -102,31 +99,41 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       for (int i = 0; i < D / 16; i++)
         wgmma_step<T, ALONG_K, ALONG_K>(e, q_stage + along_k(i, C::Q_SLAB_BYTES), k_rows + keys + along_k(i, C::K_SLAB_BYTES), i);
       wgmma_commit();
+      if constexpr (!C::SUMS_APART) {
+        barriers.wait_unless(dz_ready, DZ_FULL + out, out_parity ^ 1);
+        multiply_dq<C>(dq, dz_rows + out * DZ_STAGE, k_columns + keys);
+      }
       const auto [lane, q, row, stored] = Thread(kept(threadIdx.x % 128));
       const bool arriving = arrives(lane);
       const int visible = __shfl_sync(ALL_LANES, load_shared_int(base + (unsigned)offsetof(Here, visible) + stage * 4), 0);
       const bool dout_ready = barriers.ready(DOUT_FULL + stage, parity);
+      wgmma_wait<C::SUMS_APART ? 0 : 1>();  // s, and of the last step dv and dk
       if constexpr (!C::SUMS_APART) {
-        wgmma_wait<1>();  // dq, and of the last step dv and dk
         barriers.arrive(DOUT_EMPTY + (stage ^ 1), arriving && g >= 1);
         barriers.arrive(Q_EMPTY + (stage ^ 1), arriving && g >= 1);
-        barriers.arrive(DZ_EMPTY + out, arriving && g >= 2);
-        if (n >= 2) hand_dq_over<C>(barriers, dq_tile + kept(threadIdx.x % 128) * 16, dq, g - 2, lane);
       }
-      wgmma_wait<0>();
       pass_turn();
 
-      // dA = dout v^T and, between its steps, e = 2^s.
+      // dA = dout v^T and e = 2^s: dA beside it or, where its registers are dq's, behind.
       float u[2] = {1.f, 1.f};
+      auto add_to_dA = [&](int k) {
+        wgmma_step<T, ALONG_K, ALONG_K>(dA, dout_stage + along_k(k, C::Q_SLAB_BYTES), v_rows + keys + along_k(k, C::K_SLAB_BYTES), k);
+      };
       barriers.wait_unless(dout_ready, DOUT_FULL + stage, parity);
-      wgmma_fence();
+      if constexpr (C::SUMS_APART) wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        if (D == 128 || i % 2 == 0) {
-          const int k = i * D / 128;
-          wgmma_step<T, ALONG_K, ALONG_K>(dA, dout_stage + along_k(k, C::Q_SLAB_BYTES), v_rows + keys + along_k(k, C::K_SLAB_BYTES), k);
-        }
+        if (C::SUMS_APART && i % 2 == 0) add_to_dA(i / 2);
         exponentiate(e, u, i, p.scale_log2);
+      }
+      if constexpr (!C::SUMS_APART) {
+        if (n >= 2) barriers.wait(DQ_EMPTY, g % 2 ^ 1);  // NOTE: behind this branch, or the compiler waits for dq before 2^s
+        wgmma_wait<0>();                                 // dq
+        barriers.arrive(DZ_EMPTY + out, arriving && g >= 2);
+        if (n >= 2) hand_dq_over<C>(barriers, dq_tile + kept(threadIdx.x % 128) * 16, dq, lane);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) add_to_dA(k);
       }
       wgmma_commit();
       const bool state_ready = barriers.ready(STATE_FULL + slot, slot_parity), next_free = barriers.ready(NEXT_EMPTY + slot, slot_parity ^ 1);
@@ -259,8 +266,10 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         barriers.wait(DZ_FULL + m % 2, m / 2 % 2);
         multiply_dq<C>(dq, dz_rows + m % 2 * DZ_STAGE, k_columns + keys);
         wgmma_wait<0>();
-        hand_dq_over<C>(barriers, dq_tile + threadIdx.x % 128 * 16, dq, m, threadIdx.x % 32);
+        barriers.wait(DQ_EMPTY, m % 2 ^ 1);
+        hand_dq_over<C>(barriers, dq_tile + threadIdx.x % 128 * 16, dq, threadIdx.x % 32);
       } while (++m < (int)g);
+      if (t > 0) convert_dq<C>(p, barriers, s.done[half], half);
       store_sums(p, s, s.work[t % 2], key_stage, half, dk, dv);
       barriers.arrive(KEYS_EMPTY + key_stage, threadIdx.x % 128 == 0);
     }

@@ -1,7 +1,7 @@
 // Backward on Hopper, before and after the kernel of hopper_backward.cuh: each query block's first state, and dq from its sums.
 //
 //     hopper_backward_begin_kernel    a warp for each block of 64 queries, 8 a block of threads
-//     hopper_backward_end_kernel      a block of threads for each block of 64 queries
+//     hopper_backward_end_kernel      a block of threads for each block of 64 queries; where sums are apart, see convert_dq
 #pragma once
 #include "tile.cuh"
 

@@ -75,6 +75,7 @@ template <class C> struct alignas(SWIZZLE_BYTES) Shared {
   int patience, failed;    // directly behind the barriers; the last barrier whose wait was given up, plus 1
   int visible[C::STAGES];  // of the block whose q is there: keys of the tile that its first row sees, BLOCK_N or more for all
   Work work[2];            // this tile's and the next one's; no steps: the end
+  Work done[2];            // [half]: the tile before, without sums apart
   Work loading;            // the one whose rows are loaded ...
   Visit visits[2];         // ... and the blocks that visit it, by step
 };

@@ -105,8 +105,9 @@ template <int BLOCK_D> void hopper_backward() {
       prepare_hopper_backward<BLOCK_D, false>);
   add("hopper_backward", BLOCK_D, hopper_backward_kernel<C>, C::THREADS, sizeof(hopper_backward::Shared<C>), {}, BYTES,
       prepare_hopper_backward<BLOCK_D, true>);
-  add("hopper_backward_end", BLOCK_D, hopper_backward_end_kernel<T, BLOCK_D>, HOPPER_EDGE_THREADS, 0, {}, BYTES,
-      prepare_hopper_backward<BLOCK_D, false>);
+  if constexpr (C::SUMS_APART)
+    add("hopper_backward_end", BLOCK_D, hopper_backward_end_kernel<T, BLOCK_D>, HOPPER_EDGE_THREADS, 0, {}, BYTES,
+        prepare_hopper_backward<BLOCK_D, false>);
 }
 #endif
 

@@ -18,6 +18,7 @@ from .launches import CudaForward, Launch, ceil_div
 
 CAPABILITY = (9, 0)
 BLOCK_M, BLOCK_N, MAX_WIDTH = 64, 128, 128  # of the backward; the forward takes any width
+SUMS_APART_WIDTH = 64  # up to which a warpgroup adds up dq, dk and dv (csrc/hopper_backward_shared.cuh)
 # Fewer, of the longest sequence, take the portable kernels less time: a warp copies tiles that are not whole (csrc/hopper.cuh).
 MIN_KEYS = 128
 
@@ -110,7 +111,8 @@ def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_til
         blocks, tiles = part.batch * part.heads * head_blocks, part.batch * n * ceil_div(problem.keys, BLOCK_N)
         yield Launch("hopper_backward_begin", ceil_div(blocks, 8), packed)
         yield Launch("hopper_backward", min(tiles, launches.multiprocessors(problem.device)), packed)
-        yield Launch("hopper_backward_end", blocks, packed)
+        if max(problem.head_dim, problem.value_dim) <= SUMS_APART_WIDTH:  # beyond, the chain's blocks convert dq themselves
+            yield Launch("hopper_backward_end", blocks, packed)
 
 
 @functools.cache
