@@ -5,72 +5,16 @@ import math
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from test_cli import interruptible, refused
 
 from sbkernels import stickbreaking_attention
-from sbkernels.bench import clock, contenders, limits, readme, regress, run, sets, step, timer
+from sbkernels.bench import contenders, limits, readme, regress, run, sets, step, timer
 from sbkernels.bench.rows import Row
 from sbkernels.problem import DTYPES
 from sbkernels.verify import inputs, record
-
-
-def test_the_timer_throws_slow_turns_out():
-    class Slow:
-        declared, readings = 1000, iter([1500, 900] * 100)
-
-        def read(self):
-            return next(self.readings)
-
-    effort = timer.Effort(seconds=0, least=4, most=4)
-    found = timer.measure({"a": lambda: None}, "cpu", effort=effort, clock=Slow(), canary=lambda: None)["a"]
-    assert (found.dropped, len(found.samples), len(found.beside), found.clock) == (2, 2, 2, 1500)
-
-
-def test_host_times_of_slow_calls_end(monkeypatch):
-    """A contender is called as often as all the others, or until its share of the time is up."""
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(timer, "HOST_SECONDS", 0.05)
-    monkeypatch.setattr(timer, "HOST_ROUNDS", 4)
-    calls = {"fast": 0, "slow": 0}
-
-    def call(name, seconds):
-        calls[name] += 1
-        time.sleep(seconds)
-
-    found = timer.measure_host({"fast": lambda: call("fast", 0), "slow": lambda: call("slow", 0.01)}, "cuda:0")
-    assert calls == {"fast": 4 * (1 + timer.HOST_CALLS), "slow": 1 + timer.HOST_CALLS}
-    assert found["slow"] > 1e4 > found["fast"] > 0
-
-
-def test_nvml_is_asked_for_the_clock(monkeypatch):
-    """With a driver's library that is planted; the real one is asked in the same words."""
-
-    class Library:
-        def nvmlInit_v2(self):
-            return 0
-
-        def nvmlDeviceGetHandleByUUID(self, uuid, _):
-            return int(uuid.value != b"GPU-abc")
-
-        def nvmlDeviceGetMaxClockInfo(self, _, kind, value):
-            value._obj.value = 1980
-            return 0
-
-        def nvmlDeviceGetClockInfo(self, _, kind, value):
-            value._obj.value = 1755
-            return 0
-
-    monkeypatch.setattr(clock.ctypes, "CDLL", lambda name: Library())
-    monkeypatch.setattr(clock.torch.cuda, "get_device_properties", lambda _: type("P", (), {"uuid": "abc"}))
-    found, _ = clock.of("cuda:0", None)
-    assert (found.read(), found.highest, found.declared) == (1755, 1980, 990)
-    monkeypatch.setattr(Library, "nvmlInit_v2", lambda self: 9)
-    assert clock.of("cuda:0", None) == (None, "the SM clock is not read: NVML's nvmlInit_v2 gave status 9")
-    assert clock.of("cpu", None)[0] is None
 
 
 def test_work_and_limits():
@@ -165,7 +109,7 @@ def sbk_here(*words) -> int:
 def test_bench_stores_what_it_measured(quick, tmp_path, capsys, monkeypatch):
     stored = tmp_path / "b.json"
     peers = ("--beside", "SDPA math", "--beside", "eager")
-    assert sbk_here(*quick, *peers, "--json", stored) == 0
+    assert sbk_here(*quick, *peers, "--sustained", "0.01", "--json", stored) == 0
     content = json.loads(stored.read_text())
     assert (
         content["kind"] == "bench"
@@ -184,9 +128,12 @@ def test_bench_stores_what_it_measured(quick, tmp_path, capsys, monkeypatch):
             and "mean -6" in row["inputs"]
         )
         assert row["peak_bytes"] is None and row["warm_ms"] is None
+        assert row["sustained"].pop("ms") > 0 and set(row["sustained"].values()) == {None}
         canary = content["canary"]["samples"][f"{row['case']}, {row['direction']}"]
         assert len(canary) == 8
-    assert set(found["tiny", "torch", "forward"]["ratios"]) == {"SDPA math"} and "tokens/s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert set(found["tiny", "torch", "forward"]["ratios"]) == {"SDPA math"}
+    assert "tokens/s" in said and "over and over: alone for 0.01 s" in said
     assert record.stale(stored) == []
     # The same samples are the same; a third more time is found and ends in status 1.
     rows = [(row, v) for row, v in regress.against(content, content) if v.word in ("SLOWER", "FASTER")]
@@ -304,7 +251,8 @@ def test_bench_refuses(tmp_path, capsys):
         (("--set", "none"), "expected one of training"), (("--set", "training"), "the device is cpu"),
         (("--case", "none"), "a part of"),
         (("--beside", "none", "--beside", "x"), "--beside 'x': expected one of"), (("--minutes", "0"), "more than 0"),
-        (("--minutes", "nan"), "more than 0"), (("--clock", "1000"), "of a GPU"), (("--backend", "none"), "not registered"),
+        (("--minutes", "nan"), "more than 0"), (("--sustained", "-1"), "--sustained -1: expected more than 0"),
+        (("--clock", "1000"), "of a GPU"), (("--backend", "none"), "not registered"),
         (("--against", str(tmp_path / "none")), "No such file"), (("--against", str(tmp_path / "text")), "is no record"),
         (("--against", str(record.FOLDER / "compare-cpu.json")), "is a record of 'compare'"),
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""The SM clock, read through the driver's NVML library: no package is needed for it."""
+"""The SM clock and the energy a board takes, read through the driver's NVML library: no package is needed for it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ class Clock:
     def read(self) -> int:
         """The clock now."""
         return self._mhz("nvmlDeviceGetClockInfo")
+
+    def joules(self) -> float | None:
+        """What the board has taken since the driver was loaded, to some tenth of a second; None where it does not count."""
+        value = ctypes.c_ulonglong()
+        try:
+            self._call("nvmlDeviceGetTotalEnergyConsumption", self._handle, ctypes.byref(value))
+        except (OSError, AttributeError):
+            return None
+        return value.value / 1e3
 
     def _mhz(self, function: str) -> int:
         value = ctypes.c_uint()

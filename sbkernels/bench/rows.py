@@ -12,8 +12,8 @@ class Row:
 
     ms: median, with the 95 % interval; samples: those it is of, in milliseconds, beside the canary's of the same turns. tflops: of
     the causal half. of_limit: the least time that `limit` allows, over ms. ratios: by softmax contender, its time over this one's.
-    peak_bytes: taken during a call, at most; warm_ms: with what the call before left in the L2; both of GPUs. None: not measured,
-    see note. ok: False where it failed or gave wrong results.
+    peak_bytes: taken during a call, at most; warm_ms: with what the call before left in the L2; both of GPUs. sustained: fields of
+    timer.Sustained, where that was asked for. None: not measured, see note. ok: False where it failed or gave wrong results.
     """
 
     case: str
@@ -39,6 +39,7 @@ class Row:
     ratios: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_bytes: int | None = None
     warm_ms: float | None = None
+    sustained: dict[str, float | None] | None = None
     note: str = ""
     ok: bool = True
 
@@ -49,7 +50,7 @@ class Row:
     def forget(self) -> None:
         """What was measured is of something wrong."""
         self.ok, self.samples, self.ratios = False, (), {}
-        self.ms = self.interval = self.tflops = self.of_limit = self.limit = self.warm_ms = None
+        self.ms = self.interval = self.tflops = self.of_limit = self.limit = self.warm_ms = self.sustained = None
 
 
 @dataclasses.dataclass

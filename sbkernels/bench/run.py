@@ -49,6 +49,7 @@ class Bench:
     limits: limits.Limits
     clock: Clock | None = None
     until: float = math.inf  # of time.monotonic(): after that no further problem is begun
+    sustained: float = 0.0  # seconds that each contender runs over and over besides
     progress: Callable[..., object] = lambda *what: None
     rows: list[Row] = dataclasses.field(default_factory=list)
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)  # problems, and why
@@ -144,6 +145,11 @@ class Bench:
             self.canary.samples[f"{case.name}, {direction}"] = rounded(longest.beside)
             if longest.clock:
                 self.canary.mhz[f"{case.name}, {direction}"] = longest.clock
+        for name in times if self.sustained else ():
+            self.progress(case.name, direction, "over and over", name)
+            found = timer.sustained(functions[name], self.device, self.sustained, self.clock)
+            rows[name].sustained = dataclasses.asdict(found)
+            rows[name].add_note(f"over and over {found}")
         for name, timing in times.items():
             self._fill(rows[name], timing, work(case, x, direction), times)
             rows[name].warm_ms = warm[name].median if warm else None

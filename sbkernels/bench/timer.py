@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import random
 import statistics
@@ -26,6 +27,7 @@ TARGET_SECONDS = 0.4  # time spent on each contender's samples
 MIN_SAMPLES, MAX_SAMPLES = 3, 200
 HOST_CALLS, HOST_ROUNDS, HOST_SECONDS = 20, 200, 2
 REPLAYS = 5  # of a captured call
+BATCH_SECONDS = 0.05  # of calls between two looks at the clock, in `sustained`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +168,50 @@ def measure(
                 beside[name].append(taken[canary_key])
     mhz = statistics.median(clocks) if clocks else None
     return {name: Timing(tuple(samples[name]), tuple(beside[name]), dropped, mhz) for name in contenders}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sustained:
+    """A function over and over: mean milliseconds a call by the host's clock; mean SM clock in MHz and power in watts meanwhile.
+
+    None where nothing reads them. Where the host enqueues more slowly than the device works, ms is the host's time.
+    """
+
+    ms: float
+    mhz: float | None = None
+    watts: float | None = None
+
+    def __str__(self) -> str:
+        read = ((self.mhz, "MHz"), (self.watts, "W"))
+        return ", ".join([f"{self.ms:.4g} ms", *(f"{value:.0f} {unit}" for value, unit in read if value is not None)])
+
+
+def sustained(function: Callable, device: str, seconds: float, clock: Clock | None = None) -> Sustained:
+    """An argument-less function alone, over and over for as many seconds, after half as many that do not count.
+
+    Samples of single calls start from a GPU that was writing memory at its highest clock. Dense kernels that run on bring it to its
+    power limit, and the clock down: by a quarter on an H100, more for those that take more energy.
+    """
+    synchronize = functools.partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
+
+    def run(seconds: float, batch: int) -> tuple[int, float, list[int]]:
+        """(calls, seconds they took, clocks while they were under way)."""
+        calls, elapsed, readings = 0, 0.0, []
+        begin = time.perf_counter()
+        while elapsed < seconds:
+            for _ in range(batch):
+                function()
+            if clock:
+                readings.append(clock.read())
+            synchronize()
+            calls, elapsed = calls + batch, time.perf_counter() - begin
+        return calls, elapsed, readings
+
+    calls, elapsed, _ = run(seconds / 2, 1)
+    before = clock and clock.joules()
+    calls, elapsed, readings = run(seconds, max(1, round(BATCH_SECONDS * calls / elapsed)))
+    taken = None if before is None else clock.joules() - before
+    return Sustained(1e3 * elapsed / calls, statistics.mean(readings) if readings else None, taken and taken / elapsed)
 
 
 def replayed(function: Callable, device: str) -> float:

@@ -31,7 +31,8 @@ def bench(arguments) -> int:
     names = backend_names(arguments.backend)
     cases = chosen(sets.of(arguments.set or sets.default(device), device), arguments.case)
     peers = beside(arguments.beside, device)
-    seconds = minutes(arguments.minutes)
+    seconds = 60 * positive("--minutes", arguments.minutes, default=float("inf"))
+    sustained = positive("--sustained", arguments.sustained, default=0.0)
     old = regress.load(arguments.against) if arguments.against else None
     found, missing = targets(device, names)
     backends = [backend.name for backend, variant in found if not variant]
@@ -45,7 +46,7 @@ def bench(arguments) -> int:
     with progress_bar() as bar:
         task = bar.add_task("limits of the machine", total=sum(len(case.directions) for case in cases))
         found_limits = limits.measure(device, DTYPES[cases[0].dtype])
-        measured = run.Bench(device, backends, peers, found_limits, reader, time.monotonic() + seconds)
+        measured = run.Bench(device, backends, peers, found_limits, reader, time.monotonic() + seconds, sustained)
         measured.progress = lambda *what: bar.update(task, completed=len(measured.canary.samples), description=" ".join(what))
         try:
             measured.run(cases)
@@ -89,13 +90,11 @@ def beside(asked: list[str] | None, device: str) -> tuple[str, ...]:
     return tuple(name for name in known if not asked or name in asked)
 
 
-def minutes(asked: float | None) -> float:
-    """--minutes in seconds; ValueError unless it is positive."""
-    if asked is None:
-        return float("inf")
-    if not asked > 0:
-        raise ValueError(f"--minutes {asked:g}: expected more than 0")
-    return 60 * asked
+def positive(name: str, asked: float | None, default: float) -> float:
+    """An option's number, or its default; ValueError unless it is positive."""
+    if asked is not None and not asked > 0:
+        raise ValueError(f"{name} {asked:g}: expected more than 0")
+    return default if asked is None else asked
 
 
 def declared(asked: float | None, device: str) -> float | None:
@@ -113,6 +112,7 @@ def content_of(name: str, measured: run.Bench) -> dict:
         "limits": dataclasses.asdict(measured.limits),
         "clock": {"declared_mhz": reader.declared, "highest_mhz": reader.highest} if reader else None,
         "canary": measured.canary.record(),
+        "sustained_seconds": measured.sustained or None,
         "rows": [dataclasses.asdict(row) for row in measured.rows],
     }
 
@@ -157,6 +157,8 @@ def show(measured: run.Bench, why_no_clock: str) -> None:
     out.print(f"ms: median, in turns, {caches}; +-: half its 95 % interval; TFLOP/s of the causal half.", style="dim")
     out.print("% of limit: the least time that products (tensor), special functions or memory allow, over the time.", style="dim")
     out.print("x softmax attention (torch's SDPA, same run): its time over this one's, above 1 this one is faster.", style="dim")
+    if measured.sustained:
+        out.print(f"over and over: alone for {measured.sustained:g} s; mean SM clock and board power meanwhile.", style="dim")
     if why_no_clock:
         out.print(why_no_clock, style="dim")
     for name, reason in measured.left_out.items():

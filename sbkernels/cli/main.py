@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--case", action="append", metavar="TEXT", help="only problems whose name holds this (repeatable)")
     bench.add_argument("--beside", action="append", metavar="NAME", help="only this contender beside ours (repeatable), or none")
     bench.add_argument("--minutes", type=float, metavar="M", help="begin no problem after that")
+    bench.add_argument("--sustained", type=float, metavar="SECONDS", help="also each alone, over and over: time, clock, power")
     bench.add_argument("--clock", type=float, metavar="MHZ", help="of the SMs: turns below do not count; default: half the highest")
     bench.add_argument("--against", metavar="FILE", help="hold the result against one of --json; exit status 1 when SLOWER")
     bench.add_argument("--readme", action="store_true", help="instead, make README.md's tables anew from tests/records")
