@@ -90,6 +90,9 @@ SBK_FN int load_acquire(const int* p) {
   int x; asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory"); return x;
 }
 SBK_FN void store_release(int* p, int x) { asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
+// Before stores of several flags, in place of a release with each.
+SBK_FN void fence_release() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+SBK_FN void store_relaxed(int* p, int x) { asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 
 // ---- Copies ----
 

@@ -23,7 +23,7 @@ template <class C> SBK_FN void take_tile(const HopperBackwardParams& p, Work& wo
         work.tile = in_group / heads;
         work.at = sequence_of(shape, head / key_heads, head % key_heads);
         work.blocks = blocks_before(p, work.at, head / key_heads, head % key_heads * shape.group);
-        work.first_block = first_block(work.at, work.tile);
+        work.first_block = first_block<C::BLOCK_N>(work.at, work.tile);
       }
       work.steps = 0;
     }
@@ -76,10 +76,11 @@ template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C
       }
     };
     VisitingBlocks blocks(p, work);
-    auto load_queries = [&](const TensorMap& mapped, const Tensor& x, int width, char (&tiles)[C::STAGES][C::Q_BYTES], int n, int full, int empty) {
-      const int g = work.begin + n, stage = g % C::STAGES, first = s.visits[n % 2].block * C::BLOCK_M;
+    auto load_queries = [&](const TensorMap& mapped, const Tensor& x, int width, auto& tiles, int n, int full, int empty) {
+      constexpr int STAGES = sizeof(tiles) / C::Q_BYTES;
+      const int g = work.begin + n, stage = g % STAGES, first = s.visits[n % 2].block * C::BLOCK_M;
       const unsigned barrier = barriers.at(full + stage), to = shared_address(tiles[stage]);
-      barriers.wait(empty + stage, g / C::STAGES % 2 ^ 1);
+      barriers.wait(empty + stage, g / STAGES % 2 ^ 1);
       if (full == Q_FULL && lane == 0)  // less the query row at the tile's first key
         s.visible[stage] = first - (work.tile * C::BLOCK_N - (given.shape.keys - given.shape.queries)) + given.shape.attend_current;
       Sequence at = work.at;
@@ -116,8 +117,9 @@ template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C
   }
 }
 
-// The other warps' way through the tiles: step(work, blocks, n) for each step of each, n counting on.
-template <class C, typename Step> SBK_FN void each_step(const HopperBackwardParams& p, Shared<C>& s, int lane, Step step) {
+// The other warps' way through the tiles: step(work, blocks, n) for each step of each, n counting on, and end() after each tile.
+template <class C, typename Step, typename End>
+SBK_FN void each_step(const HopperBackwardParams& p, Shared<C>& s, int lane, Step step, End end_tile) {
   const Barriers barriers = barriers_of(s, p);
   int g = 0;
   for (int t = 0;; t++) {
@@ -127,6 +129,7 @@ template <class C, typename Step> SBK_FN void each_step(const HopperBackwardPara
     if (end == g) break;
     VisitingBlocks blocks(p, work);
     for (; g < end; g++) step(work, blocks, g);
+    end_tile();
     __syncwarp();
     barriers.arrive(WORK_EMPTY + t % 2, arrives(lane));
   }
@@ -145,7 +148,7 @@ template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<
     const Visit visit = blocks.next(lane);
     const int index = blocks.index(visit), all = query_blocks(work.at);
     // Of a block: some of its rows may see none of its keys.
-    const bool newest = visit.block < (tile == newest_tile(work.at, all) ? all : first_block(work.at, tile + 1));
+    const bool newest = visit.block < (tile == newest_tile<C::BLOCK_N>(work.at, all) ? all : first_block<C::BLOCK_N>(work.at, tile + 1));
     const unsigned rows = index * (C::BLOCK_M / 2) + lane;  // two a lane
     barriers.wait(STATE_EMPTY + slot, n / C::SLOTS % 2 ^ 1);
     const int2 oldest = reinterpret_cast<const int2*>(p.oldest_tile)[rows];
@@ -156,7 +159,7 @@ template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<
         make_float4(encode_carry(x.x, oldest.x, tile, newest), x.y, encode_carry(x.z, oldest.y, tile, newest), x.w);
     __syncwarp();
     barriers.arrive(STATE_FULL + slot, arrives(lane));
-  });
+  }, [] {});
 }
 
 template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shared<C>& s, int lane) {
@@ -171,7 +174,7 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
     __syncwarp();
     barriers.arrive(NEXT_EMPTY + slot, arrives(lane));
     if (lane == 0) store_release(p.state_turn + index, work.tile + 1);
-  });
+  }, [] {});
 }
 
 // The first tile of a query block stores its part of dq, the others add theirs in turn, so that sums are the same each time.
@@ -179,38 +182,52 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
 // looked up while the sum before is under way.
 template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Barriers barriers = barriers_of(s, p);
-  constexpr int FLOATS = 2 * C::DQ_FLOATS;
-  int last = -1, tile = 0;  // of the sum under way: number of its block; its tile
-  auto finish = [&] {
-    if (lane == 0 && last >= 0) {
+  constexpr int FLOATS = 2 * C::DQ_FLOATS;  // of a part
+  // Turns that are not passed on yet: the block's number, or -1, and the next tile. The last one's sum may be under way.
+  // NOTE: two at a time, since what it takes to pass one on, a wait for sums to be there and a fence, is most of a step. But none is kept
+  // beyond its tile: the next one may wait for blocks of threads that wait for it.
+  struct { int block, tile; } before = {-1, 0}, last = {-1, 0};
+  auto finish = [&](bool all) {
+    if (lane == 0 && last.block >= 0) {
       bulk_wait_read<0>();
       barriers.arrive(DQ_EMPTY);
-      bulk_wait<0>();
-      fence_async_global();
-      store_release(p.dq_turn + last, tile + 1);
+      if (before.block >= 0 || all) {
+        bulk_wait<0>();
+        fence_async_global();
+        fence_release();
+        if (before.block >= 0) store_relaxed(p.dq_turn + before.block, before.tile);
+        store_relaxed(p.dq_turn + last.block, last.tile);
+        before.block = last.block = -1;
+      }
     }
     __syncwarp();
   };
   each_step<C>(p, s, lane, [&](const Work& work, VisitingBlocks& blocks, int n) {
     const int index = blocks.index(blocks.next(lane));
     const bool first = p.block_oldest[index] == work.tile;
-    finish();
-    last = index, tile = work.tile;
+    finish(false);
     if (lane == 0) {
-      float* sum = p.dq_sum + (int64)index * FLOATS;
+      const int tile = work.tile;
+      before = last, last = {index, tile + 1};
+      float* sum = p.dq_sum + (int64)index * C::DQ_PARTS * FLOATS;
       barriers.wait_for_turn(p.dq_turn + index, tile, DQ_TURN);
-      barriers.wait(DQ_FULL, n % 2);
-      fence_async_global();
-      fence_async_shared();  // for all who wrote it
-      if (first)
-        store_bulk(sum, shared_address(s.dq), FLOATS * 4);
-      else
-        reduce_add(sum, shared_address(s.dq), FLOATS * 4);
-      bulk_commit();
+#pragma unroll
+      for (int part = 0; part < C::DQ_PARTS; part++) {
+        barriers.wait(DQ_FULL, (n * C::DQ_PARTS + part) % 2);
+        fence_async_global();
+        fence_async_shared();  // for all who wrote it
+        if (first)
+          store_bulk(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4);
+        else
+          reduce_add(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4);
+        bulk_commit();
+        if (part + 1 == C::DQ_PARTS) break;
+        bulk_wait_read<0>();
+        barriers.arrive(DQ_EMPTY);
+      }
     }
     __syncwarp();
-  });
-  finish();
+  }, [&] { finish(true); });
 }
 
 }  // namespace hopper_backward

@@ -6,6 +6,8 @@
 namespace sbk {
 namespace hopper_backward {
 
+constexpr int CONVERSION_LAG = 4;  // steps until the last tile's sums of dq are there without a wait
+
 template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& s) {
   using Here = Shared<C>;
   constexpr int D = C::HEAD_DIM, Q_STAGE = further(C::Q_BYTES), OUT_STAGE = further(2 * C::HALF_BYTES), HALF = further(C::HALF_BYTES);
@@ -21,7 +23,13 @@ template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& 
     const int key_stage = t % C::KEY_STAGES;
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
     const int steps = __shfl_sync(ALL_LANES, s.work[t % 2].steps, 0);
-    if (steps == 0) break;
+    // dq of the tile before is converted meanwhile, from step CONVERSION_LAG on a slice a step: loaded in one, stored in the next.
+    const Conversion<C> conversion = {p, s.done[0], 0};
+    const int slices = t == 0 ? 0 : __shfl_sync(ALL_LANES, conversion.count(), 0);
+    float4 slice[Conversion<C>::PIECES];
+    auto store_loaded = [&](int i) {
+      if (i >= 0 && i < slices) conversion.store(slice, i);
+    };
 #pragma unroll 1
     for (int n = 0; n < steps; n++, g++) {
       const int stage = g % C::STAGES, out = g % C::DZ_STAGES, parity = g / C::DZ_STAGES % 2, lane = threadIdx.x % 32;
@@ -46,12 +54,22 @@ template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& 
       barriers.arrive(DOUT_EMPTY + stage, arriving);
       wgmma_wait<1>();  // dq
       const unsigned to = dq_tile + kept(threadIdx.x % 128) * 16;
-      hand_dq_over<C>(barriers, to, dq, g, lane);
-      hand_dq_over<C, D / 4>(barriers, to + C::DQ_FLOATS * 4, dq, g, lane);
+      barriers.wait(DQ_EMPTY, g % 2 ^ 1);
+      hand_dq_over<C>(barriers, to, dq, lane);
+      hand_dq_over<C, D / 4>(barriers, to + C::DQ_FLOATS * 4, dq, lane);
       wgmma_wait<0>();  // dk
       barriers.arrive(DZ_EMPTY + out, arriving);
       barriers.arrive(Q_EMPTY + stage, arriving);
+      const int i = n - CONVERSION_LAG;
+      store_loaded(i - 1);
+      if (i >= 0 && i < slices) {
+        if (i % Conversion<C>::EACH == 0) conversion.wait(barriers, i);
+        conversion.load(slice, i);
+      }
     }
+    store_loaded(steps - 1 - CONVERSION_LAG);
+    if (t > 0) conversion.finish(barriers, max(steps - CONVERSION_LAG, 0));
+    if (steps == 0) break;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       store_sums(p, s, s.work[t % 2], key_stage, half, dk[half], dv[half]);

@@ -40,7 +40,8 @@ INITCHECK = """\
 ========= COMPUTE-SANITIZER
 problem 5: Case(M=129, N=129, skip=True)
 ========= Uninitialized __global__ memory read of size 16 bytes
-=========     at void sbk::hopper_backward_end_kernel<sbk::bfloat, (int)64>(P)+0x110 in hopper_backward_dq.cuh:60
+=========     at sbk::hopper_backward::Conversion<C>::load(float4 (&)[4], int) const+0x110 in hopper_backward_results.cuh:60
+=========         Device Frame: void sbk::hopper_backward_kernel<C>(P)+0x2660 in hopper_backward.cuh:250
 =========     by thread (66,0,0) in block (2,0,0)
 =========     Address 0x7f1430849620
 =========
