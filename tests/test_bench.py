@@ -133,7 +133,7 @@ def test_bench_stores_what_it_measured(quick, tmp_path, capsys, monkeypatch):
         assert len(canary) == 8
     said = capsys.readouterr().out
     assert set(found["tiny", "torch", "forward"]["ratios"]) == {"SDPA math"}
-    assert "tokens/s" in said and "over and over: alone for 0.01 s" in said
+    assert "tokens/s" in said and "over and over: alone for 0.01 s" in said and "torch forward: over and over 0." in said
     assert record.stale(stored) == []
     # The same samples are the same; a third more time is found and ends in status 1.
     rows = [(row, v) for row, v in regress.against(content, content) if v.word in ("SLOWER", "FASTER")]
@@ -161,13 +161,13 @@ def test_a_wrong_backend_has_no_time(quick, tmp_path, capsys, monkeypatch):
         return out * 1.01, *rest
 
     monkeypatch.setattr(torch_.TorchBackend, "forward", wrong)
-    assert sbk_here(*quick, "--beside", "none", "--case", "tiny", "--json", tmp_path / "b.json") == 1
+    assert sbk_here(*quick, "--beside", "none", "--case", "tiny", "--sustained", "0.01", "--json", tmp_path / "b.json") == 1
     content = json.loads((tmp_path / "b.json").read_text())
     ours = [row for row in content["rows"] if row["ours"]]
     assert ours and all(
         row["ms"] is None and not row["samples"] and not row["ok"] and "wrong on fresh inputs: out" in row["note"] for row in ours
     )
-    capsys.readouterr()
+    assert all(row["sustained"] is None for row in ours) and "over and over 0" not in capsys.readouterr().out
 
 
 def test_what_fails_is_a_note(quick, tmp_path, capsys, monkeypatch):

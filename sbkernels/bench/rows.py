@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 
+from .timer import Sustained
+
 
 @dataclasses.dataclass
 class Row:
@@ -12,8 +14,8 @@ class Row:
 
     ms: median, with the 95 % interval; samples: those it is of, in milliseconds, beside the canary's of the same turns. tflops: of
     the causal half. of_limit: the least time that `limit` allows, over ms. ratios: by softmax contender, its time over this one's.
-    peak_bytes: taken during a call, at most; warm_ms: with what the call before left in the L2; both of GPUs. sustained: fields of
-    timer.Sustained, where that was asked for. None: not measured, see note. ok: False where it failed or gave wrong results.
+    peak_bytes: taken during a call, at most; warm_ms: with what the call before left in the L2; both of GPUs. sustained: over and
+    over, where that was asked for. None: not measured, see note. ok: False where it failed or gave wrong results.
     """
 
     case: str
@@ -39,7 +41,7 @@ class Row:
     ratios: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_bytes: int | None = None
     warm_ms: float | None = None
-    sustained: dict[str, float | None] | None = None
+    sustained: Sustained | None = None
     note: str = ""
     ok: bool = True
 

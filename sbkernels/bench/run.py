@@ -147,9 +147,7 @@ class Bench:
                 self.canary.mhz[f"{case.name}, {direction}"] = longest.clock
         for name in times if self.sustained else ():
             self.progress(case.name, direction, "over and over", name)
-            found = timer.sustained(functions[name], self.device, self.sustained, self.clock)
-            rows[name].sustained = dataclasses.asdict(found)
-            rows[name].add_note(f"over and over {found}")
+            rows[name].sustained = timer.sustained(functions[name], self.device, self.sustained, self.clock)
         for name, timing in times.items():
             self._fill(rows[name], timing, work(case, x, direction), times)
             rows[name].warm_ms = warm[name].median if warm else None

@@ -149,6 +149,8 @@ def show(measured: run.Bench, why_no_clock: str) -> None:
         for row in rows:
             if row.note:
                 notes.setdefault((row.note, row.ok), {}).setdefault(row.contender, []).append(row.direction)
+            if row.sustained:
+                notes.setdefault((f"over and over {row.sustained}", row.ok), {}).setdefault(row.contender, []).append(row.direction)
         for (note, ok), who in notes.items():
             names = "; ".join(f"{contender} {', '.join(directions)}" for contender, directions in who.items())
             out.print(f"  {names}: {escape(note)}", style="dim" if ok else "red")

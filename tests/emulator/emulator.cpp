@@ -1,12 +1,8 @@
 // The machine of emulator.h.
-#include "emulator.h"
+#include "machine.h"
 
-#include <setjmp.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
-#include <deque>
-#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -17,60 +13,6 @@ namespace {
 
 constexpr size_t STACK_BYTES = 256 << 10;
 constexpr int SHARED_BYTES = 256 << 10, SHARED_ALIGNMENT = 1024;
-
-struct Warp;
-struct Lane {
-  ucontext_t context;  // where it starts
-  jmp_buf at;          // where it goes on
-  bool started = false;
-  void* stack = nullptr;
-  Warp* warp = nullptr;
-  unsigned number = 0;
-  bool ended = false, together = false;  // together: waits for the rest of its warp, in `generation`
-  unsigned generation = 0;
-  const char* waits_for = nullptr;
-  int barrier = 0, parity = 0;  // that it tried last
-  std::vector<std::shared_ptr<Bulk>> open;
-  std::deque<std::vector<std::shared_ptr<Bulk>>> bulks;
-};
-
-struct Block;
-struct Warp {
-  Block* block;
-  int number;
-  Lane lanes[32];
-  // The collective that lanes are coming to.
-  const char* what = nullptr;
-  const void* addresses[32];
-  int come = 0;
-  unsigned generation = 0;
-  int products = 0, groups = 0;  // that it has come to
-};
-
-struct Product {
-  int group;
-  uint64_t operands;
-  std::vector<std::function<void()>> parts;
-};
-struct Warpgroup {
-  std::deque<Product> products;  // under way
-  int done = 0;                  // of all
-};
-
-struct NamedBarrier {
-  int come = 0;
-  unsigned generation = 0;
-  bool all = true, result = true;
-};
-
-struct Block {
-  unsigned index;
-  int threads;
-  unsigned char* shared;
-  std::vector<std::unique_ptr<Warp>> warps;
-  NamedBarrier barriers[16];
-  std::vector<Warpgroup> warpgroups;
-};
 
 jmp_buf scheduler;
 Lane* self = nullptr;

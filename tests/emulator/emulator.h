@@ -1,6 +1,6 @@
 // CUDA on a CPU, for tests of csrc where there is no GPU: each thread of a block is a fiber, a scheduler picks whose warp runs next, at
 // random, and what the hardware does asynchronously (copies, products by warpgroups) happens at any moment that its rules allow. Included
-// ahead of csrc's files, in which build.py leaves out the functions that wrap PTX; emulated.h has those.
+// ahead of csrc's files, in which build.py puts instructions.inc and hopper.inc in the place of functions that wrap PTX.
 //
 // Shared memory begins as NaN. Refused, where a GPU would hang or give wrong results: lanes of a warp, or warps of a warpgroup, that come
 // to different collective instructions; barriers that more arrive at than they are for; copies off their alignment; blocks in which
