@@ -23,16 +23,16 @@
 //     q, dout         rows, in boxes [64, 64]
 //     k, v, dk, dv    blocks of 64 keys in permuted order, strides S, 16 S, 2 S, in boxes [64, 2, 4, 8]; beyond whole blocks, pairs
 #pragma once
-#include "hopper_backward_exact.cuh"
+#include "hopper_backward_exchange.cuh"
 #include "hopper_backward_producers.cuh"
 #include "hopper_backward_sums.cuh"
+#include "hopper_backward_wide.cuh"
 
 namespace sbk {
 namespace hopper_backward {
 
 template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>& s, int half) {
   using T = typename C::T;
-  using Simple = SimplePath<C::RUN>;
   constexpr int D = C::HEAD_DIM;
   const unsigned base = kept_address(shared_address(&s));
 
@@ -42,8 +42,6 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
   const unsigned v_tile = base + offsetof(Here, v), weights_tiles = base + offsetof(Here, weights) + half * C::HALF_BYTES;
   const unsigned dz_tiles = base + offsetof(Here, dz), dq_tile = base + offsetof(Here, dq) + half * (C::DQ_FLOATS * 4);
   const Barriers barriers = {base + (unsigned)offsetof(Here, barriers), p};
-  constexpr int STATE = offsetof(Here, state), NEXT = offsetof(Here, next), EXCESS = offsetof(Here, excess), SUM = offsetof(Here, sum);
-  constexpr int SECOND = 8 * ROW_BYTES;  // a thread's second row
   // Operands of the five products. Rows: along k; columns: across it, of the half's keys or, k_columns, the half's part of D.
   constexpr int Q_STAGE = further(C::Q_BYTES), DZ_STAGE = further(2 * C::HALF_BYTES);
   const uint64 q_rows = operand(q_tile, 0), dout_rows = operand(dout_tile, 0), dz_rows = operand(dz_tiles, 0);
@@ -78,6 +76,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     const uint64 keys = key_stage * further(C::K_BYTES);  // what this tile's k and v are further on
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
     const int steps = __shfl_sync(ALL_LANES, s.work[t % 2].steps, 0);
+    if (!C::SUMS_APART && t > 0 && steps == 0) convert_dq<C>(p, barriers, s.done[half], half);
     if (steps == 0) break;
     barriers.wait(K_FULL + key_stage, key_parity);
     barriers.wait(V_FULL + key_stage, key_parity);
@@ -88,13 +87,9 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       const int out = g % C::DZ_STAGES, out_parity = g / C::DZ_STAGES % 2;  // of dz, and of A where it has stages
       const unsigned weights_tile = weights_tiles + out % C::A_STAGES * (2 * C::HALF_BYTES);
 
-      // dq of two steps ago (before the third: of what is there, and thrown away), then s = q k^T.
+      // s = q k^T and, without sums apart, dq of two steps ago (before the third: of what is there, and thrown away).
       float dq[D / 4];
       take_turn();
-      if constexpr (!C::SUMS_APART) {
-        barriers.wait_unless(dz_ready, DZ_FULL + out, out_parity ^ 1);
-        multiply_dq<C>(dq, dz_rows + out * DZ_STAGE, k_columns + keys);
-      }
       barriers.wait_unless(q_ready, Q_FULL + stage, parity);
       const uint64 q_stage = q_rows + stage * Q_STAGE, dout_stage = dout_rows + stage * Q_STAGE;
       wgmma_fence();
@@ -102,96 +97,55 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       for (int i = 0; i < D / 16; i++)
         wgmma_step<T, ALONG_K, ALONG_K>(e, q_stage + along_k(i, C::Q_SLAB_BYTES), k_rows + keys + along_k(i, C::K_SLAB_BYTES), i);
       wgmma_commit();
+      if constexpr (!C::SUMS_APART) {
+        barriers.wait_unless(dz_ready, DZ_FULL + out, out_parity ^ 1);
+        multiply_dq<C>(dq, dz_rows + out * DZ_STAGE, k_columns + keys);
+      }
       const auto [lane, q, row, stored] = Thread(kept(threadIdx.x % 128));
       const bool arriving = arrives(lane);
       const int visible = __shfl_sync(ALL_LANES, load_shared_int(base + (unsigned)offsetof(Here, visible) + stage * 4), 0);
       const bool dout_ready = barriers.ready(DOUT_FULL + stage, parity);
+      wgmma_wait<C::SUMS_APART ? 0 : 1>();  // s, and of the last step dv and dk
       if constexpr (!C::SUMS_APART) {
-        wgmma_wait<1>();  // dq, and of the last step dv and dk
         barriers.arrive(DOUT_EMPTY + (stage ^ 1), arriving && g >= 1);
         barriers.arrive(Q_EMPTY + (stage ^ 1), arriving && g >= 1);
-        barriers.arrive(DZ_EMPTY + out, arriving && g >= 2);
-        if (n >= 2) hand_dq_over<C>(barriers, dq_tile + kept(threadIdx.x % 128) * 16, dq, g - 2, lane);
       }
-      wgmma_wait<0>();
       pass_turn();
 
-      // dA = dout v^T and, between its steps, e = 2^s.
+      // dA = dout v^T and e = 2^s: dA beside it or, where its registers are dq's, behind.
       float u[2] = {1.f, 1.f};
+      auto add_to_dA = [&](int k) {
+        wgmma_step<T, ALONG_K, ALONG_K>(dA, dout_stage + along_k(k, C::Q_SLAB_BYTES), v_rows + keys + along_k(k, C::K_SLAB_BYTES), k);
+      };
       barriers.wait_unless(dout_ready, DOUT_FULL + stage, parity);
-      wgmma_fence();
+      if constexpr (C::SUMS_APART) wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        if (D == 128 || i % 2 == 0) {
-          const int k = i * D / 128;
-          wgmma_step<T, ALONG_K, ALONG_K>(dA, dout_stage + along_k(k, C::Q_SLAB_BYTES), v_rows + keys + along_k(k, C::K_SLAB_BYTES), k);
-        }
+        if (C::SUMS_APART && i % 2 == 0) add_to_dA(i / 2);
         exponentiate(e, u, i, p.scale_log2);
+      }
+      if constexpr (!C::SUMS_APART) {
+        if (n >= 2) barriers.wait(DQ_EMPTY, g % 2 ^ 1);  // NOTE: behind this branch, or the compiler waits for dq before 2^s
+        wgmma_wait<0>();                                 // dq
+        barriers.arrive(DZ_EMPTY + out, arriving && g >= 2);
+        if (n >= 2) hand_dq_over<C>(barriers, dq_tile + kept(threadIdx.x % 128) * 16, dq, lane);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) add_to_dA(k);
       }
       wgmma_commit();
       const bool state_ready = barriers.ready(STATE_FULL + slot, slot_parity), next_free = barriers.ready(NEXT_EMPTY + slot, slot_parity ^ 1);
       if (visible < C::BLOCK_N)
         hide_others(e, u, visible + (int)Thread(kept(threadIdx.x % 128)).row - half * C::HALF_N - (int)q * C::RUN);
       const float excess[2] = {u[0] - 1.f, u[1] - 1.f};
-      const unsigned here = base + (slot * C::BLOCK_M + row) * ROW_BYTES;
+      const Exchange<C> exchange = {barriers, half, slot, slot_parity, base + (slot * C::BLOCK_M + (unsigned)row) * ROW_BYTES, q, arriving};
 
       // The rest of the step, compiled for warps without exact rows and for others.
       // NOTE: branches around what exact rows take, in the midst of the others' code, cost 8 %, though nobody went there.
       auto finish = [&](auto exact) {
         constexpr bool ANY_EXACT = decltype(exact)::ANY;
-        // Totals of the half, for the other one.
-        HalfScan scans[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const Scan<float> scan = scan_newer<Simple>(excess[r], 3 - q);
-          scans[r] = {scan.before, scan.total};
-        }
-        if constexpr (ANY_EXACT) {
-          barriers.wait(STATE_FULL + slot, slot_parity);
-          const float carry[2] = {load_shared<STATE>(here), load_shared<STATE + SECOND>(here)};
-          scan_exactly<C::RUN>(e, scans, exact.rows, carry, q);
-        }
-        if (q == 0) {
-          store_shared<EXCESS>(here + half * 4, scans[0].total);
-          store_shared<EXCESS + SECOND>(here + half * 4, scans[1].total);
-        }
-        __syncwarp();
-        barriers.arrive(EXCESS_FULL + half * C::SLOTS + slot, arriving);
-
-        // Where the runs start.
-        float start[2], next[2];
-        barriers.wait_unless(state_ready, STATE_FULL + slot, slot_parity);
-        const float carry[2] = {load_shared<STATE>(here), load_shared<STATE + SECOND>(here)};
-        const bool entering = __any_sync(ALL_LANES, carry[0] < 0.f || carry[1] < 0.f);
-        barriers.arrive(STATE_EMPTY + slot, half == 1 && arriving);
-        float other[2] = {0.f, 0.f};
-        if (half == 1 || entering || CHECKED) {
-          barriers.wait(EXCESS_FULL + (half ^ 1) * C::SLOTS + slot, slot_parity);
-          other[0] = load_shared<EXCESS>(here + (half ^ 1) * 4);
-          other[1] = load_shared<EXCESS + SECOND>(here + (half ^ 1) * 4);
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float left = Simple::undo(carry[r], half == 1 ? other[r] : 0.f);
-          next[r] = Simple::undo(left, scans[r].total);
-          start[r] = Simple::undo(left, scans[r].older);
-        }
-        if (entering) {
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-            const float share = exact.rows >> r & 1 ? scans[r].older : Simple::enter(1.f + scans[r].older, scans[r].total);
-            const float entered = half == 1 ? -carry[r] : Simple::enter(-carry[r], other[r]);
-            next[r] = carry[r] < 0.f ? -carry[r] : next[r];
-            start[r] = carry[r] < 0.f ? entered * share : start[r];
-          }
-        }
-        if (half == 1) {
-          barriers.wait_unless(next_free, NEXT_EMPTY + slot, slot_parity ^ 1);
-          if (q == 0) {
-            store_shared<NEXT>(here, next[0]);
-            store_shared<NEXT + SECOND>(here, next[1]);
-          }
-        }
+        float start[2];
+        exchange.find_starts(start, e, excess, exact, state_ready, next_free);
         const bool A_free = !C::SUMS_APART || barriers.ready(A_EMPTY + out, out_parity ^ 1);
         if constexpr (C::SUMS_APART)
           barriers.wait_unless(A_free, A_EMPTY + out, out_parity ^ 1);
@@ -217,19 +171,8 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         }
         if constexpr (!C::SUMS_APART) wgmma_commit();
 
-        // Sums of a: the older runs', and on to the newer half or the next tile.
-        const Scan<float> sums[2] = {scan_older(sum[0], q), scan_older(sum[1], q)};
-        if (half == 1) barriers.wait(SUM_FULL + slot, slot_parity);
-        const unsigned from = here + (half == 0 ? STATE + 4 : SUM), to = here + (half == 0 ? SUM : NEXT + 4);
-        const float before[2] = {load_shared(from), load_shared<SECOND>(from)};
-        if (q == 0) {
-          store_shared(to, before[0] + sums[0].total);
-          store_shared<SECOND>(to, before[1] + sums[1].total);
-        }
-        __syncwarp();
-        barriers.arrive(STATE_EMPTY + slot, half == 0 && arriving);
-        barriers.arrive((half == 0 ? SUM_FULL : NEXT_FULL) + slot, arriving);
-        const float older[2] = {before[0] + sums[0].before, before[1] + sums[1].before};
+        float older[2];
+        exchange.add_sums(older, sum);
 
         // dz.
         barriers.wait_unless(dz_free, DZ_EMPTY + out, out_parity ^ 1);
@@ -259,8 +202,10 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         barriers.wait(DZ_FULL + m % 2, m / 2 % 2);
         multiply_dq<C>(dq, dz_rows + m % 2 * DZ_STAGE, k_columns + keys);
         wgmma_wait<0>();
-        hand_dq_over<C>(barriers, dq_tile + threadIdx.x % 128 * 16, dq, m, threadIdx.x % 32);
+        barriers.wait(DQ_EMPTY, m % 2 ^ 1);
+        hand_dq_over<C>(barriers, dq_tile + threadIdx.x % 128 * 16, dq, threadIdx.x % 32);
       } while (++m < (int)g);
+      if (t > 0) convert_dq<C>(p, barriers, s.done[half], half);
       store_sums(p, s, s.work[t % 2], key_stage, half, dk, dv);
       barriers.arrive(KEYS_EMPTY + key_stage, threadIdx.x % 128 == 0);
     }
@@ -291,7 +236,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_backward_kernel(const __
 
   if (warp < 8) {
     registers_increase<C::CONSUMER_REGISTERS>();
-    consume<C>(p, s, warp / 4);
+    if constexpr (C::WIDE)
+      consume_wide<C>(p, s, warp / 4);
+    else
+      consume<C>(p, s, warp / 4);
   } else if (warp >= C::WARPS - 4) {
     registers_decrease<C::PRODUCER_REGISTERS>();
     if (warp == C::WARPS - 4) load_rows<C>(p, s, lane);

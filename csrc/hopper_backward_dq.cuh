@@ -1,20 +1,22 @@
 // Backward on Hopper, before and after the kernel of hopper_backward.cuh: each query block's first state, and dq from its sums.
 //
 //     hopper_backward_begin_kernel    a warp for each block of 64 queries, 8 a block of threads
-//     hopper_backward_end_kernel      a block of threads for each block of 64 queries
+//     hopper_backward_end_kernel      a block of threads for each block of 64 queries; where sums are apart, see convert_dq
 #pragma once
 #include "tile.cuh"
 
 namespace sbk {
 
-constexpr int HOPPER_BLOCK_M = 64, HOPPER_BLOCK_N = 128;
+constexpr int HOPPER_BLOCK_M = 64;
 constexpr int HOPPER_EDGE_THREADS = 256;
 
 // Where blocks of query rows and key tiles meet, M queries being the last of N positions: blocks of a head; the newest tile that some
 // row of a block sees or, for attend_current, would see; the first block of which a tile is not newer than that.
 SBK_FN int query_blocks(const Sequence& at) { return ceil_div(at.M, HOPPER_BLOCK_M); }
-SBK_FN int newest_tile(const Sequence& at, int block) { return (min(at.N - at.M + (block + 1) * HOPPER_BLOCK_M, at.N) - 1) / HOPPER_BLOCK_N; }
-SBK_FN int first_block(const Sequence& at, int tile) { return max(tile * HOPPER_BLOCK_N - (at.N - at.M), 0) / HOPPER_BLOCK_M; }
+template <int BLOCK_N> SBK_FN int newest_tile(const Sequence& at, int block) {
+  return (min(at.N - at.M + (block + 1) * HOPPER_BLOCK_M, at.N) - 1) / BLOCK_N;
+}
+template <int BLOCK_N> SBK_FN int first_block(const Sequence& at, int tile) { return max(tile * BLOCK_N - (at.N - at.M), 0) / HOPPER_BLOCK_M; }
 
 // Number of block 0 of a query head among all blocks. Packed sequences follow each other in a head, each on blocks of its own.
 SBK_FN int blocks_before(const HopperBackwardParams& p, const Sequence& at, int entry, int head) {
@@ -39,7 +41,7 @@ struct QueryBlock {
 };
 
 // Grid: ceil(blocks / 8), for blocks = B * H * ceil(M / 64).
-static __global__ void __launch_bounds__(HOPPER_EDGE_THREADS)
+template <int BLOCK_N> __global__ void __launch_bounds__(HOPPER_EDGE_THREADS)
 hopper_backward_begin_kernel(const __grid_constant__ HopperBackwardParams p) {
   const Shape& shape = p.given.shape;
   const int number = blockIdx.x * (HOPPER_EDGE_THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -47,7 +49,7 @@ hopper_backward_begin_kernel(const __grid_constant__ HopperBackwardParams p) {
   if (number >= shape.batch * shape.heads * ceil_div(shape.queries, HOPPER_BLOCK_M)) return;
   const QueryBlock block(p, number);
   if (!block.there) return;
-  int oldest = newest_tile(block.at, block.first_row / HOPPER_BLOCK_M);  // if no row has an older one
+  int oldest = newest_tile<BLOCK_N>(block.at, block.first_row / HOPPER_BLOCK_M);  // if no row has an older one
 #pragma unroll
   for (int i = 0; i < HOPPER_BLOCK_M / 32; i++) {
     const int row = block.first_row + i * 32 + lane;

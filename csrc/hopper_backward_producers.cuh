@@ -23,7 +23,7 @@ template <class C> SBK_FN void take_tile(const HopperBackwardParams& p, Work& wo
         work.tile = in_group / heads;
         work.at = sequence_of(shape, head / key_heads, head % key_heads);
         work.blocks = blocks_before(p, work.at, head / key_heads, head % key_heads * shape.group);
-        work.first_block = first_block(work.at, work.tile);
+        work.first_block = first_block<C::BLOCK_N>(work.at, work.tile);
       }
       work.steps = 0;
     }
@@ -76,10 +76,11 @@ template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C
       }
     };
     VisitingBlocks blocks(p, work);
-    auto load_queries = [&](const TensorMap& mapped, const Tensor& x, int width, char (&tiles)[C::STAGES][C::Q_BYTES], int n, int full, int empty) {
-      const int g = work.begin + n, stage = g % C::STAGES, first = s.visits[n % 2].block * C::BLOCK_M;
+    auto load_queries = [&](const TensorMap& mapped, const Tensor& x, int width, auto& tiles, int n, int full, int empty) {
+      constexpr int STAGES = sizeof(tiles) / C::Q_BYTES;
+      const int g = work.begin + n, stage = g % STAGES, first = s.visits[n % 2].block * C::BLOCK_M;
       const unsigned barrier = barriers.at(full + stage), to = shared_address(tiles[stage]);
-      barriers.wait(empty + stage, g / C::STAGES % 2 ^ 1);
+      barriers.wait(empty + stage, g / STAGES % 2 ^ 1);
       if (full == Q_FULL && lane == 0)  // less the query row at the tile's first key
         s.visible[stage] = first - (work.tile * C::BLOCK_N - (given.shape.keys - given.shape.queries)) + given.shape.attend_current;
       Sequence at = work.at;
@@ -145,7 +146,7 @@ template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<
     const Visit visit = blocks.next(lane);
     const int index = blocks.index(visit), all = query_blocks(work.at);
     // Of a block: some of its rows may see none of its keys.
-    const bool newest = visit.block < (tile == newest_tile(work.at, all) ? all : first_block(work.at, tile + 1));
+    const bool newest = visit.block < (tile == newest_tile<C::BLOCK_N>(work.at, all) ? all : first_block<C::BLOCK_N>(work.at, tile + 1));
     const unsigned rows = index * (C::BLOCK_M / 2) + lane;  // two a lane
     barriers.wait(STATE_EMPTY + slot, n / C::SLOTS % 2 ^ 1);
     const int2 oldest = reinterpret_cast<const int2*>(p.oldest_tile)[rows];
@@ -179,7 +180,7 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
 // looked up while the sum before is under way.
 template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Barriers barriers = barriers_of(s, p);
-  constexpr int FLOATS = 2 * C::DQ_FLOATS;
+  constexpr int FLOATS = 2 * C::DQ_FLOATS;  // of a part
   int last = -1, tile = 0;  // of the sum under way: number of its block; its tile
   auto finish = [&] {
     if (lane == 0 && last >= 0) {
@@ -197,16 +198,22 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
     finish();
     last = index, tile = work.tile;
     if (lane == 0) {
-      float* sum = p.dq_sum + (int64)index * FLOATS;
+      float* sum = p.dq_sum + (int64)index * C::DQ_PARTS * FLOATS;
       barriers.wait_for_turn(p.dq_turn + index, tile, DQ_TURN);
-      barriers.wait(DQ_FULL, n % 2);
-      fence_async_global();
-      fence_async_shared();  // for all who wrote it
-      if (first)
-        store_bulk(sum, shared_address(s.dq), FLOATS * 4);
-      else
-        reduce_add(sum, shared_address(s.dq), FLOATS * 4);
-      bulk_commit();
+#pragma unroll
+      for (int part = 0; part < C::DQ_PARTS; part++) {
+        barriers.wait(DQ_FULL, (n * C::DQ_PARTS + part) % 2);
+        fence_async_global();
+        fence_async_shared();  // for all who wrote it
+        if (first)
+          store_bulk(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4);
+        else
+          reduce_add(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4);
+        bulk_commit();
+        if (part + 1 == C::DQ_PARTS) break;
+        bulk_wait_read<0>();
+        barriers.arrive(DQ_EMPTY);
+      }
     }
     __syncwarp();
   });

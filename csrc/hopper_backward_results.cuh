@@ -20,22 +20,54 @@ template <class C, int COUNT> SBK_FN void add_product(float (&sum)[COUNT], uint6
     wgmma_add<typename C::T, ACROSS_K, ACROSS_K>(sum, x_columns + across_k(i), y_columns + across_k(i), keep || i > 0);
 }
 
-// A block's half of dq, the n-th of all tiles, to the warp that adds it up: BEGIN, where dq holds both.
+// A block's half of dq to the warp that adds it up, after DQ_EMPTY: BEGIN, where dq holds both.
 template <class C, int BEGIN = 0, int COUNT>
-SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq)[COUNT], int n, int lane) {
-  barriers.wait(DQ_EMPTY, n % 2 ^ 1);
+SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq)[COUNT], int lane) {
 #pragma unroll
-  for (int j = BEGIN; j < BEGIN + C::HEAD_DIM / 4; j += 4)
+  for (int j = BEGIN; j < BEGIN + C::DQ_COLUMNS / 2; j += 4)
     store_shared(to + (j - BEGIN) / 4 * 128 * 16, dq[j], dq[j + 1], dq[j + 2], dq[j + 3]);
   __syncwarp();
   barriers.arrive(DQ_FULL, arrives(lane));
 }
 
-// Accumulator [HALF_N, D] times scale, rounded, to slabs slab_bytes apart; `stored`: see Thread.
-template <class C>
-SBK_FN void stage_sums(unsigned tile, int slab_bytes, unsigned stored, const float (&x)[C::HEAD_DIM / 2], float scale) {
+// dq, out of its sums, of the blocks whose newest tile was `work`, by a warpgroup: what `half` of them computed.
+// NOTE: a tile later, when the sums have long been added up and are still in the L2 cache. With sums apart, which would do it, that held
+// the chain up by more than a kernel of its own takes (hopper_backward_end_kernel).
+template <class C> SBK_FN void convert_dq(const HopperBackwardParams& p, const Barriers& barriers, const Work& work, int half) {
+  using T = typename C::T;
+  constexpr int PIECES = C::DQ_COLUMNS / 8;
+  const Thread thread(threadIdx.x % 128);
+  const int group = p.given.shape.group, width = p.given.shape.head_dim, all = query_blocks(work.at);
+  const int end = work.tile == newest_tile<C::BLOCK_N>(work.at, all) ? all : first_block<C::BLOCK_N>(work.at, work.tile + 1);
+  const float scale = p.given.shape.scale;
+#pragma unroll 1
+  for (int i = 0; i < group * (end - work.first_block) * C::DQ_PARTS; i++) {
+    const int part = i % C::DQ_PARTS, head = i / C::DQ_PARTS % group, block = work.first_block + i / C::DQ_PARTS / group;
+    const int index = work.blocks + head * p.head_blocks + block, slice = part * 2 + half;
+    barriers.wait_for_turn(p.dq_turn + index, work.tile + 1, DQ_TURN);
+    __syncwarp();
+    const float4* sums = reinterpret_cast<const float4*>(p.dq_sum + ((int64)index * 2 * C::DQ_PARTS + slice) * C::DQ_FLOATS) + threadIdx.x % 128;
+    float4 x[PIECES];
 #pragma unroll
-  for (int i = 0; i < C::HEAD_DIM / 16; i++) {
+    for (int j = 0; j < PIECES; j++) x[j] = __ldcg(sums + j * 128);
+    Sequence at = work.at;
+    at.head = at.head * group + head;
+    const int64 row = block * C::BLOCK_M + (int)thread.row;
+    T* to = rows_of<T>(p.given.dq, at, 1) + row * p.given.dq.stride_row;
+#pragma unroll
+    for (int j = 0; j < PIECES; j++) {
+      const int column = slice * C::DQ_COLUMNS + 8 * j + 2 * (int)thread.q;
+      if (column >= width) continue;
+      if (row < at.M) *reinterpret_cast<unsigned*>(to + column) = pack<T>(x[j].x * scale, x[j].y * scale);
+      if (row + 8 < at.M) *reinterpret_cast<unsigned*>(to + 8 * p.given.dq.stride_row + column) = pack<T>(x[j].z * scale, x[j].w * scale);
+    }
+  }
+}
+
+// Accumulator of 64 keys times scale, rounded, to slabs slab_bytes apart; `stored`: see Thread.
+template <class C, int COUNT> SBK_FN void stage_sums(unsigned tile, int slab_bytes, unsigned stored, const float (&x)[COUNT], float scale) {
+#pragma unroll
+  for (int i = 0; i < COUNT / 8; i++) {
     unsigned packed[4];
 #pragma unroll
     for (int y = 0; y < 4; y++) packed[y] = pack<typename C::T>(x[8 * i + 2 * y] * scale, x[8 * i + 2 * y + 1] * scale);
@@ -44,17 +76,22 @@ SBK_FN void stage_sums(unsigned tile, int slab_bytes, unsigned stored, const flo
 }
 
 // dk and dv of the half's keys, through its rows of v, which only its own products read, and of k, which both halves' do; with sums apart
-// all products are done.
-template <class C>
-SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& work, int stage, int half, const float (&dk)[C::HEAD_DIM / 2],
-                       const float (&dv)[C::HEAD_DIM / 2]) {
-  const unsigned stored = Thread(threadIdx.x % 128).stored;
-  const unsigned dv_tile = shared_address(s.v[stage]) + half * C::HALF_BYTES, dk_tile = shared_address(s.k[stage]) + half * C::HALF_BYTES;
-  stage_sums<C>(dv_tile, C::K_SLAB_BYTES, stored, dv, 1.f);
-  if (!C::SUMS_APART) named_sync(BOTH_HALVES, 256);  // both are done with k
-  stage_sums<C>(dk_tile, C::K_SLAB_BYTES, stored, dk, p.given.shape.scale);
+// all products are done. WIDE: of the half's columns, which both halves' products read.
+template <class C, int COUNT>
+SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& work, int stage, int half, const float (&dk)[COUNT],
+                       const float (&dv)[COUNT]) {
+  constexpr int SLAB = C::K_SLAB_BYTES, STAGED = C::WIDE ? COUNT / 32 * SLAB : C::HALF_BYTES;
+  const unsigned stored = Thread(threadIdx.x % 128).stored, v_tile = shared_address(s.v[stage]), k_tile = shared_address(s.k[stage]);
+  if (C::WIDE) named_sync(BOTH_HALVES, 256);
+  stage_sums<C>(v_tile + half * STAGED, SLAB, stored, dv, 1.f);
+  if (!C::SUMS_APART && !C::WIDE) named_sync(BOTH_HALVES, 256);  // both are done with k
+  stage_sums<C>(k_tile + half * STAGED, SLAB, stored, dk, p.given.shape.scale);
   fence_async_shared();
-  named_sync(OLDER_HALF + half, 128);
+  if (C::WIDE)
+    named_sync(BOTH_HALVES, 256);
+  else
+    named_sync(OLDER_HALF + half, 128);
+  const unsigned dv_tile = v_tile + half * C::HALF_BYTES, dk_tile = k_tile + half * C::HALF_BYTES;
   const Sequence at = work.at;
   const int first = work.tile * C::BLOCK_N + half * C::HALF_N;
 #pragma unroll 1
@@ -71,6 +108,7 @@ SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& 
   }
   bulk_commit();
   bulk_wait_read<0>();
+  if (!C::SUMS_APART && threadIdx.x % 128 == 0) s.done[half] = work;
   named_sync(OLDER_HALF + half, 128);
 }
 

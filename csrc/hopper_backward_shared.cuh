@@ -7,20 +7,25 @@ namespace sbk {
 
 template <typename T_, int HEAD_DIM_> struct HopperBackwardConfig {
   using T = T_;
-  static constexpr int HEAD_DIM = HEAD_DIM_, BLOCK_M = HOPPER_BLOCK_M, BLOCK_N = HOPPER_BLOCK_N;
+  static constexpr int HEAD_DIM = HEAD_DIM_, BLOCK_M = HOPPER_BLOCK_M, BLOCK_N = hopper_backward_keys(HEAD_DIM);
   static constexpr int HALF_N = BLOCK_N / 2, RUN = HALF_N / 4, SLABS = HEAD_DIM / SLAB_COLUMNS;
   // Whether a warpgroup of its own adds up dq, dk and dv: its registers have to hold dk and dv of the whole tile.
   static constexpr bool SUMS_APART = HEAD_DIM == 64;
   static constexpr int WARPS = SUMS_APART ? 16 : 12, THREADS = 32 * WARPS;
   static constexpr int CONSUMER_REGISTERS = SUMS_APART ? 136 : 232, SUMS_REGISTERS = SUMS_APART ? 200 : 0, PRODUCER_REGISTERS = 40;
   static_assert(128 * (2 * CONSUMER_REGISTERS + SUMS_REGISTERS + PRODUCER_REGISTERS) <= registers_at_start(THREADS));
-  static constexpr int STAGES = SUMS_APART ? 4 : 2, A_STAGES = SUMS_APART ? 2 : 1, DZ_STAGES = 2;  // of q and dout; of A; of dz
+  // Whether keys are too few for halves of a product's 64 rows: A and dz of both then lie side by side, and a warpgroup adds up dk and
+  // dv of all of the tile's keys, half the columns.
+  static constexpr bool WIDE = HEAD_DIM > 128;
+  static constexpr int STAGES = SUMS_APART ? 4 : 2, DOUT_STAGES = WIDE ? 1 : STAGES;             // of q; of dout
+  static constexpr int A_STAGES = SUMS_APART ? 2 : 1, DZ_STAGES = WIDE ? 1 : 2;
   static constexpr int SLOTS = 4, KEY_STAGES = HEAD_DIM == 64 ? 2 : 1;                             // of state; of k and v
   static constexpr int Q_SLAB_BYTES = BLOCK_M * SLAB_ROW_BYTES, K_SLAB_BYTES = BLOCK_N * SLAB_ROW_BYTES;
   static constexpr int Q_BYTES = SLABS * Q_SLAB_BYTES, K_BYTES = SLABS * K_SLAB_BYTES;
   static constexpr int HALF_BYTES = HALF_N * SLAB_ROW_BYTES;  // half the keys of a slab, and [BLOCK_M, HALF_N] of A or dz
-  static constexpr int DQ_FLOATS = BLOCK_M * HEAD_DIM / 2;    // what a warpgroup computes of a block's dq
-  static_assert(HEAD_DIM == 64 || HEAD_DIM == 128);
+  static constexpr int DQ_PARTS = WIDE ? HEAD_DIM / 128 : 1;  // in which dq is handed over
+  static constexpr int DQ_COLUMNS = HEAD_DIM / 2 / DQ_PARTS, DQ_FLOATS = BLOCK_M * DQ_COLUMNS;  // what a warpgroup computes of a part
+  static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256);
 };
 
 namespace hopper_backward {
@@ -63,8 +68,8 @@ struct Visit {
 };
 
 template <class C> struct alignas(SWIZZLE_BYTES) Shared {
-  char k[C::KEY_STAGES][C::K_BYTES], v[C::KEY_STAGES][C::K_BYTES], q[C::STAGES][C::Q_BYTES], dout[C::STAGES][C::Q_BYTES];
-  char weights[C::A_STAGES][2][C::HALF_BYTES], dz[C::DZ_STAGES][2][C::HALF_BYTES];  // [half]
+  char k[C::KEY_STAGES][C::K_BYTES], v[C::KEY_STAGES][C::K_BYTES], q[C::STAGES][C::Q_BYTES], dout[C::DOUT_STAGES][C::Q_BYTES];
+  char weights[C::A_STAGES][2][C::HALF_BYTES], dz[C::DZ_STAGES][2][C::HALF_BYTES];  // [half]; WIDE: [2][HALF_BYTES] is one tile
   float dq[2][C::DQ_FLOATS];                                        // [half]: in the order of the product's registers
   // By slot and row; each row's lie equally far apart.
   float2 state[C::SLOTS][C::BLOCK_M];   // carry (see encode_carry), dr r + sum of a over the older tiles
@@ -75,6 +80,7 @@ template <class C> struct alignas(SWIZZLE_BYTES) Shared {
   int patience, failed;    // directly behind the barriers; the last barrier whose wait was given up, plus 1
   int visible[C::STAGES];  // of the block whose q is there: keys of the tile that its first row sees, BLOCK_N or more for all
   Work work[2];            // this tile's and the next one's; no steps: the end
+  Work done[2];            // [half]: the tile before, without sums apart
   Work loading;            // the one whose rows are loaded ...
   Visit visits[2];         // ... and the blocks that visit it, by step
 };

@@ -46,8 +46,9 @@ template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& 
       barriers.arrive(DOUT_EMPTY + stage, arriving);
       wgmma_wait<1>();  // dq
       const unsigned to = dq_tile + kept(threadIdx.x % 128) * 16;
-      hand_dq_over<C>(barriers, to, dq, g, lane);
-      hand_dq_over<C, D / 4>(barriers, to + C::DQ_FLOATS * 4, dq, g, lane);
+      barriers.wait(DQ_EMPTY, g % 2 ^ 1);
+      hand_dq_over<C>(barriers, to, dq, lane);
+      hand_dq_over<C, D / 4>(barriers, to + C::DQ_FLOATS * 4, dq, lane);
       wgmma_wait<0>();  // dk
       barriers.arrive(DZ_EMPTY + out, arriving);
       barriers.arrive(Q_EMPTY + stage, arriving);

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulato
 # What a GPU shows as wrong results now and then, or as a hang: (file of csrc, text, what takes its place, words of what is found).
 PLANTED = {
     "the newer half does not wait for the older one's excess": (
-        "hopper_backward.cuh",
+        "hopper_backward_exchange.cuh",
         "barriers.wait(EXCESS_FULL + (half ^ 1) * C::SLOTS + slot, slot_parity);",
         "",
         "output='dq'",

@@ -103,28 +103,25 @@ def test_few_blocks_are_small(on, queries, block_m):
 def test_hopper_says_what_it_does_not_cover(on, change, says):
     on((9, 0))
     backend, p = cuda.CudaBackend(), problem(**change)
-    for direction in KERNELS:
-        reason = hopper.not_covered(p, direction)
-        assert (reason is None) if says is None else (says in reason)
+    reason = hopper.not_covered(p)
+    assert (reason is None) if says is None else (says in reason)
     assert backend.default_config(p).HOPPER == (says is None) == backend.default_config(p.reversed()).HOPPER
     assert not backend.variants(p)["portable"].HOPPER
     assert (why_not(backend, "portable", p) == "") == (says is None) and why_not(backend, "", p) == ""
     config = backend.default_config(problem((p.head_dim, p.head_dim)))
     assert (backend.illegal(p, config) is None) == (says is None)
     on((8, 0))
-    assert all("9.0" in hopper.not_covered(p, direction) for direction in KERNELS)
+    assert "9.0" in hopper.not_covered(p)
 
 
 @pytest.mark.parametrize("dims", [(136, 16), (16, 136), (192, 192), (256, 128), (256, 256)])
-def test_wide_forwards_are_hoppers_and_backwards_portable(on, dims):
-    """The backward counts in the forward's tiles: of the portable ones Hopper's forward has one of its own."""
+def test_wide_problems_are_hoppers(on, dims):
+    """Both ways, in tiles of 64 keys; or both portable."""
     on((9, 0))
     backend, p = cuda.CudaBackend(), problem(dims)
     forward, backward = backend.default_config(p), backend.default_config(p.reversed())
-    assert forward.HOPPER and not backward.HOPPER
-    assert hopper.not_covered(p, "forward") is None and "up to 128" in hopper.not_covered(p, "backward")
-    assert "up to 128" in backend.illegal(p.reversed(), CudaBackward(HOPPER=True))
-    assert backward.QUERIES_BLOCK_N == forward.BLOCK_N and backend.mismatch(forward, backward) is None
+    assert forward.HOPPER and backward.HOPPER and forward.BLOCK_N == hopper.WIDE_BLOCK_N
+    assert backend.mismatch(forward, backward) is None
     assert "QUERIES_BLOCK_N" in backend.mismatch(forward, backend.variants(p.reversed())["portable"])
     assert why_not(backend, "portable", p) == ""
 
@@ -153,7 +150,7 @@ def test_every_legal_config_has_one_to_go_with(on, dims, direction):
     ("capability", "head_dim", "forward", "backward"),
     [
         ((9, 0), 128, "kernels Hopper's", "kernels Hopper's"),
-        ((9, 0), 256, "kernels Hopper's", "kernels portable: the Hopper kernel takes head dims up to 128, not 256 and 256"),
+        ((9, 0), 256, "kernels Hopper's", "kernels Hopper's"),
         ((8, 0), 128, "kernels portable: the Hopper kernel needs compute", "kernels portable: the Hopper kernel needs compute"),
     ],
 )
@@ -184,7 +181,7 @@ def test_backwards_keep_to_the_workspace(on, monkeypatch, packed, workspace):
     cuts, statistic, asked = torch.tensor([0, 300, 300, 700, 701], dtype=torch.int32) if packed else None, torch.zeros(B, H, M), []
     arguments = (statistic, statistic, statistic, q, statistic, q, k, k)
     call = base.Call(p, q, k, k, 0.125, 0.0, cuts)
-    found = list(hopper.plan_backward(call, lambda blocks: asked.append(blocks) or blocks, *arguments))
+    found = list(hopper.plan_backward(call, 64, lambda blocks: asked.append(blocks) or blocks, *arguments))
     a_head = 2 * (701 // 64 + 4) if packed else 2 * 7
     assert not packed or a_head >= 2 * sum(-(-n // 64) for n in (300, 0, 400, 1))
     assert a_head <= max(asked) <= max(workspace, a_head) and max(asked) % a_head == 0

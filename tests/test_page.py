@@ -112,8 +112,8 @@ def test_committed_results(committed):
     page = html.unescape(committed.read_text())
     assert re.findall(r'<section id="(\w+)">', page) == [*SECTIONS]
     assert re.search(r"<h2>\w+ is the fastest backend, [\d.]+ to [\d.]+ times FlashAttention-2's speed", page)
-    verified = json.loads((record.FOLDER / "verify-h200.json").read_text())["report"]
-    assert verified["failed"] == 0 and f"All {verified['ran']:,} checks passed on NVIDIA H200" in page
+    verified = json.loads((record.FOLDER / "verify-h100.json").read_text())["report"]
+    assert verified["failed"] == 0 and f"All {verified['ran']:,} checks passed on NVIDIA H100" in page
     for said in ("planted mistakes were caught", "random problems failed", "The default config is within 2 % of the best"):
         assert said in page, said
 
@@ -203,7 +203,7 @@ def test_failures_are_shown(tmp_path):
     content = json.loads((record.FOLDER / "compare-cpu.json").read_text())
     content["rows"][0] |= {"ok": False, "to_baseline": "inf", "relative_l2": "nan"}
     (tmp_path / "compare.json").write_text(json.dumps(content))
-    content = json.loads((record.FOLDER / "verify-h200.json").read_text())
+    content = json.loads((record.FOLDER / "verify-h100.json").read_text())
     content["report"]["failed"] = 1
     content["report"]["checks"][0] |= {"failed": 1, "worst": "inf"}
     content["rows"][0] |= {"failed": 1, "worst": "inf"}

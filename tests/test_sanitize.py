@@ -134,7 +134,7 @@ def test_planted_bugs_compile(tmp_path):
 
 
 def test_problems_are_distinct_and_can_be_made():
-    assert len(set(sanitize.PROBLEMS)) == len(sanitize.PROBLEMS) == 23
+    assert len(set(sanitize.PROBLEMS)) == len(sanitize.PROBLEMS) == 24
     for case in sanitize.PROBLEMS:
         inputs.make(case, sanitize.DTYPE, "cpu")
 

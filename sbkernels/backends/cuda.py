@@ -48,7 +48,7 @@ class CudaBackend(KernelBackend):
 
     def default_config(self, problem: Problem):
         pair = _hopper_pair(compiled_width(problem))
-        if pair and hopper.not_covered(problem, "forward") is None:
+        if pair and hopper.not_covered(problem) is None:
             return pair[0 if problem.direction == "forward" else 1]
         return super().default_config(problem)
 
@@ -65,7 +65,7 @@ class CudaBackend(KernelBackend):
 
     def illegal(self, problem: Problem, config) -> str | None:
         if config.HOPPER:
-            reason = hopper.not_covered(problem, problem.direction)
+            reason = hopper.not_covered(problem)
             if reason is None and config != _hopper_config(compiled_width(problem), problem.direction):
                 reason = "was not compiled"
             return reason and f"the Hopper kernel {reason}"
@@ -75,7 +75,7 @@ class CudaBackend(KernelBackend):
         if config.HOPPER:
             return "Hopper's"
         best = _hopper_config(compiled_width(problem), problem.direction)
-        reason = hopper.not_covered(problem, problem.direction) or ("was not compiled" if best is None else None)
+        reason = hopper.not_covered(problem) or ("was not compiled" if best is None else None)
         return f"portable: the Hopper kernel {reason}" if reason else "portable: the config says so"
 
     def prepare_forward(self, call: Call, config: CudaForward, out) -> PreparedForward:
@@ -89,8 +89,9 @@ class CudaBackend(KernelBackend):
         hopper.raise_errors(call.q.device)
         dq, dk, dv = (call.empty_gradient(x) for x in (call.q, call.k, call.v))
         arguments = (remainder, *saved, dout, dremainder.contiguous(), dq, dk, dv)
-        scratch_bytes = functools.partial(_C.hopper_backward_scratch, head_dim=compiled_width(call.problem))
-        for launch in hopper.plan_backward(call, scratch_bytes, *arguments):
+        width = compiled_width(call.problem)
+        scratch_bytes = functools.partial(_C.hopper_backward_scratch, head_dim=width)
+        for launch in hopper.plan_backward(call, width, scratch_bytes, *arguments):
             self.launch(self.kernel(call, launch.kernel, config), launch.grid, launch.params, call.q.device.index)
         return dq, dk, dv
 
@@ -129,11 +130,9 @@ def _hopper_config(width: int, direction: str) -> CudaForward | CudaBackward | N
 
 @functools.cache
 def _hopper_pair(width: int) -> tuple[CudaForward, CudaBackward] | None:
-    """A width's Hopper configs, if compiled; where there is no Hopper backward, a portable one of the same tiles."""
+    """A width's Hopper configs, if compiled."""
     forward, backward = (_hopper_config(width, direction) for direction in ("forward", "backward"))
-    if forward is None:
-        return None
-    return forward, backward or next(config for config in _portable(width)[1] if config.QUERIES_BLOCK_N == forward.BLOCK_N)
+    return None if forward is None else (forward, backward)
 
 
 @functools.cache

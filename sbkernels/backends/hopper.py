@@ -17,18 +17,17 @@ from .base import Call, allocate
 from .launches import CudaForward, Launch, ceil_div
 
 CAPABILITY = (9, 0)
-BLOCK_M, BLOCK_N, MAX_WIDTH = 64, 128, 128  # of the backward; the forward takes any width
+BLOCK_M, BLOCK_N, WIDE_BLOCK_N = 64, 128, 64  # of the backward; WIDE: beyond 128 columns
+SUMS_APART_WIDTH = 64  # up to which a warpgroup adds up dq, dk and dv (csrc/hopper_backward_shared.cuh)
 # Fewer, of the longest sequence, take the portable kernels less time: a warp copies tiles that are not whole (csrc/hopper.cuh).
 MIN_KEYS = 128
 
 
-def not_covered(problem: Problem, direction: str) -> str | None:
-    """Why the Hopper kernels of a direction do not run a problem; None if they do."""
+def not_covered(problem: Problem) -> str | None:
+    """Why the Hopper kernels do not run a problem; None if they do."""
     capability = torch.cuda.get_device_capability(problem.device)
     if capability != CAPABILITY:
         return f"needs compute capability 9.0, {problem.device} has {'.'.join(map(str, capability))}"
-    if direction == "backward" and max(problem.head_dim, problem.value_dim) > MAX_WIDTH:
-        return f"takes head dims up to {MAX_WIDTH}, not {problem.head_dim} and {problem.value_dim}"
     if problem.keys < MIN_KEYS:
         return f"takes {MIN_KEYS} keys or more, not {problem.keys}"
     if not problem.aligned:
@@ -71,10 +70,10 @@ def prepare_forward(call: Call, kernel, config: CudaForward, out) -> PreparedFor
     return PreparedForward(kernel, grid, *launches.pack_forward(mapped(call), out))
 
 
-def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
+def plan_backward(call: Call, width: int, scratch_bytes, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
     """The backward's launches, for as many batch entries, or key heads of one, at a time as the workspace has scratch for.
 
-    scratch_bytes(blocks): what so many blocks of BLOCK_M query rows take. At least a key head is taken at a time.
+    width: the kernels'. scratch_bytes(blocks): what so many blocks of BLOCK_M query rows take. At least a key head is taken.
     """
     problem, error = call.problem, error_flag(call.q.device)
     group, head_blocks = problem.group, ceil_div(problem.queries, BLOCK_M)
@@ -107,10 +106,12 @@ def plan_backward(call: Call, scratch_bytes, remainder, oldest_carry, oldest_til
             *(x.data_ptr() for x in of_queries(remainder, dremainder, oldest_carry, oldest_tile)),
             scratch.data_ptr(), error.data_ptr(),
         )  # fmt: skip
-        blocks, tiles = part.batch * part.heads * head_blocks, part.batch * n * ceil_div(problem.keys, BLOCK_N)
+        block_n = BLOCK_N if width <= 128 else WIDE_BLOCK_N
+        blocks, tiles = part.batch * part.heads * head_blocks, part.batch * n * ceil_div(problem.keys, block_n)
         yield Launch("hopper_backward_begin", ceil_div(blocks, 8), packed)
         yield Launch("hopper_backward", min(tiles, launches.multiprocessors(problem.device)), packed)
-        yield Launch("hopper_backward_end", blocks, packed)
+        if width <= SUMS_APART_WIDTH:  # beyond, the chain's blocks convert dq themselves
+            yield Launch("hopper_backward_end", blocks, packed)
 
 
 @functools.cache
