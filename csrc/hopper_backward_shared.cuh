@@ -24,6 +24,7 @@ template <typename T_, int HEAD_DIM_> struct HopperBackwardConfig {
   static constexpr int Q_BYTES = SLABS * Q_SLAB_BYTES, K_BYTES = SLABS * K_SLAB_BYTES;
   static constexpr int HALF_BYTES = HALF_N * SLAB_ROW_BYTES;  // half the keys of a slab, and [BLOCK_M, HALF_N] of A or dz
   static constexpr int DQ_PARTS = WIDE ? HEAD_DIM / 128 : 1;  // in which dq is handed over
+  static constexpr int TURNS = SUMS_APART ? 2 : 1;            // for dq, that are passed on at a time
   static constexpr int DQ_COLUMNS = HEAD_DIM / 2 / DQ_PARTS, DQ_FLOATS = BLOCK_M * DQ_COLUMNS;  // what a warpgroup computes of a part
   static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256);
 };
