@@ -99,7 +99,7 @@ template <int BLOCK_D, bool MAPS> Clear prepare_hopper_backward(const void* pack
 }
 
 template <int BLOCK_D> void hopper_backward() {
-  using C = HopperBackwardConfig<T, hopper_backward_width(BLOCK_D)>;
+  using C = HopperBackwardConfig<T, BLOCK_D>;
   constexpr int BYTES = sizeof(HopperBackwardArguments);
   add("hopper_backward_begin", BLOCK_D, hopper_backward_begin_kernel<C::BLOCK_N>, HOPPER_EDGE_THREADS, 0, {}, BYTES,
       prepare_hopper_backward<BLOCK_D, false>);
