@@ -91,6 +91,21 @@ SBK_FN int load_acquire(const int* p) {
 }
 SBK_FN void store_release(int* p, int x) { asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 
+// ---- Who stays in the L2 cache ----
+
+// For copies: this part of what they touch goes last. Until it is read by load_done_with, also when the kernel is over.
+SBK_FN uint64 policy_keep(float part) {
+  uint64 x; asm volatile("createpolicy.fractional.L2::evict_last.L2::evict_unchanged.b64 %0, %1;" : "=l"(x) : "f"(part)); return x;
+}
+// 16 bytes that go first from now on.
+SBK_FN float4 load_done_with(const float4* p) {
+  uint64 policy; asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  float4 x;
+  asm volatile("ld.global.cg.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p), "l"(policy) : "memory");
+  return x;
+}
+
 // ---- Copies ----
 
 // Makes this thread's writes to shared memory visible to the copy engine and the tensor cores; then a barrier, then the reader.
@@ -120,12 +135,13 @@ SBK_FN void store_box(unsigned shared, const void* map, int c0, int c1, int c2, 
 }
 // Bytes of shared -> global memory, and floats in shared added to those in global memory, part of this thread's bulk group.
 // Addresses and bytes: multiples of 16.
-SBK_FN void store_bulk(void* global, unsigned shared, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes) : "memory");
+SBK_FN void store_bulk(void* global, unsigned shared, int bytes, uint64 policy) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;"
+               ::"l"(global), "r"(shared), "r"(bytes), "l"(policy) : "memory");
 }
-SBK_FN void reduce_add(float* global, unsigned shared, int bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
-               ::"l"(global), "r"(shared), "r"(bytes) : "memory");
+SBK_FN void reduce_add(float* global, unsigned shared, int bytes, uint64 policy) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;"
+               ::"l"(global), "r"(shared), "r"(bytes), "l"(policy) : "memory");
 }
 SBK_FN void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until at most PENDING of this thread's latest bulk groups are still under way ...

@@ -187,6 +187,7 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
   // NOTE: some at a time, since what it takes to pass one on, a wait for sums to be there and a release, is most of a step. But none is
   // kept beyond its tile: the next one may wait for blocks of threads that wait for it.
   int turns = 0, mine = 0;
+  const uint64 policy = policy_keep(p.dq_kept);
   auto pass_on = [&](const Work& work, int at_least) {
     if (turns == 0) return;
     const bool passing = turns >= at_least;
@@ -217,9 +218,9 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
         fence_async_global();
         fence_async_shared();  // for all who wrote it
         if (first)
-          store_bulk(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4);
+          store_bulk(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4, policy);
         else
-          reduce_add(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4);
+          reduce_add(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4, policy);
         bulk_commit();
         if (part + 1 == C::DQ_PARTS) break;
         bulk_wait_read<0>();

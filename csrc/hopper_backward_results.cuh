@@ -49,7 +49,7 @@ template <class C> SBK_FN void convert_dq(const HopperBackwardParams& p, const B
     const float4* sums = reinterpret_cast<const float4*>(p.dq_sum + ((int64)index * 2 * C::DQ_PARTS + slice) * C::DQ_FLOATS) + threadIdx.x % 128;
     float4 x[PIECES];
 #pragma unroll
-    for (int j = 0; j < PIECES; j++) x[j] = __ldcg(sums + j * 128);
+    for (int j = 0; j < PIECES; j++) x[j] = load_done_with(sums + j * 128);
     Sequence at = work.at;
     at.head = at.head * group + head;
     const int64 row = block * C::BLOCK_M + (int)thread.row;

@@ -56,6 +56,7 @@ struct HopperBackwardParams {
   int* ticket;
   int head_blocks;      // of a head, of all its packed sequences
   int heads_per_group;  // key heads whose tiles are taken in turns
+  float dq_kept;        // what part of dq_sum is to stay in the L2 cache
   float scale_log2;     // scale * log2(e)
 };
 
