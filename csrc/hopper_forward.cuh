@@ -108,10 +108,12 @@ template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperFo
   }
 }
 
+template <int BEGIN_, int END_> struct Groups { static constexpr int BEGIN = BEGIN_, END = END_; };
+
 template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwardShared<C>& shared, int works, int consumer) {
   using T = typename C::T;
   using Run = typename C::Run;
-  using Logits = Wgmma<T, C::BLOCK_N>;
+  using Logits = Wgmma<T, C::BLOCK_N / C::PARTS>;
   using Output = Wgmma<T, C::BLOCK_D>;
   const Shape& shape = p.forward.shape;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
@@ -179,33 +181,57 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
     keys.advance();
     k_ready = false;
   };
+  const uint64 q_operand = operand(shared_address(shared.q) + consumer * 64 * SLAB_ROW_BYTES, 16);
+  const uint64 k_operand = operand(shared_address(shared.tiles.k), 16), v_operand = operand(shared_address(shared.tiles.v), C::KEY_SLAB);
   auto start_logits = [&] {
-    const uint64 q_rows = operand(shared_address(shared.q[blocks.stage]) + consumer * 64 * SLAB_ROW_BYTES, 16);
-    const uint64 k_tile = operand(shared_address(shared.tiles.k[keys.stage]), 16);
+    const uint64 q_rows = q_operand + blocks.stage * further(C::Q_BYTES), k_tile = k_operand + keys.stage * further(C::KEY_BYTES);
 #pragma unroll
-    for (int k = 0; k < C::BLOCK_D / 16; k++) {
-      const uint64 a = q_rows + along_k(k, C::Q_SLAB), b = k_tile + along_k(k, C::KEY_SLAB);
-      if (k == 0)
-        Logits::template set<ALONG_K, ALONG_K>(s, a, b);
-      else
-        Logits::template add<ALONG_K, ALONG_K>(s, a, b, 1);
+    for (int part = 0; part < C::PARTS; part++) {
+      auto& logits = reinterpret_cast<float(&)[C::BLOCK_N / 2 / C::PARTS]>(s[part * (C::BLOCK_N / 2 / C::PARTS)]);
+#pragma unroll
+      for (int k = 0; k < C::BLOCK_D / 16; k++) {
+        const uint64 a = q_rows + along_k(k, C::Q_SLAB);
+        const uint64 b = k_tile + along_k(k, C::KEY_SLAB) + part * further(C::BLOCK_N / C::PARTS * SLAB_ROW_BYTES);
+        if (k == 0)
+          Logits::template set<ALONG_K, ALONG_K>(logits, a, b);
+        else
+          Logits::template add<ALONG_K, ALONG_K>(logits, a, b, 1);
+      }
+      wgmma_commit();
     }
-    wgmma_commit();
   };
   auto start_output = [&](bool first) {
-    const uint64 v_tile = operand(shared_address(shared.tiles.v[values.stage]), C::KEY_SLAB);
+    const uint64 v_tile = v_operand + values.stage * further(C::KEY_BYTES);
 #pragma unroll
     for (int k = 0; k < C::BLOCK_N / 16; k++) Output::template add<ACROSS_K>(out, weights[0][k], v_tile + across_k(k), k > 0 || !first);
     wgmma_commit();
   };
-  auto weigh_tile = [&] {
+  // start_rest() begins A v, which its warps have to wait beside, and awaits the logits' second part.
+  auto weigh_tile = [&](auto start_rest) {
     Run runs[1][2];
     const int visible = first_end + my_row - tile * C::BLOCK_N - q * C::RUN;
+    auto absorb_groups = [&](auto groups) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float logits[C::RUN];
+        get_row(logits, s_rows[0], i);
+        to_logits<false>(logits, scale_log2, 0);
+        runs[0][i].template absorb_groups<decltype(groups)::BEGIN, decltype(groups)::END>(logits);
+      }
+    };
+    const bool masked = tile >= first_end / C::BLOCK_N;
+    if constexpr (C::PARTS == 1) start_rest();
     take_turn();
-    if (tile >= first_end / C::BLOCK_N)
+    if (masked) {
+      if constexpr (C::PARTS == 2) start_rest();
       absorb<true>(runs, s_rows, scale_log2, visible);
-    else
+    } else if constexpr (C::PARTS == 1) {
       absorb<false>(runs, s_rows, scale_log2, 0);
+    } else {
+      absorb_groups(Groups<0, Run::GROUPS / 2>());
+      start_rest();
+      absorb_groups(Groups<Run::GROUPS / 2, Run::GROUPS>());
+    }
     pass_turn();
     weigh<C>(s_rows, runs, rows, tile, q);
     if (shape.skip_below > 0.f) {
@@ -225,7 +251,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
     start_logits();
     wgmma_wait<0>();
     leave_keys();
-    weigh_tile();
+    weigh_tile([] {});
     to_operand<T>(weights, s_rows);
 
     // Each next tile: its logits and the last one's output are under way together.
@@ -254,11 +280,13 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       wgmma_fence();
       start_logits();
       if (!v_ready) barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
-      wgmma_fence();
-      start_output(first);
-      wgmma_wait<1>();
-      leave_keys();
-      weigh_tile();
+      if constexpr (C::PARTS == 2) wgmma_wait<1>();  // the first part
+      weigh_tile([&] {
+        wgmma_fence();
+        start_output(first);
+        wgmma_wait<1>();
+        leave_keys();
+      });
       k_ready = barrier_test(shared_address(&shared.k_full[keys.stage]), keys.parity);
       wgmma_wait<0>();
       release(shared.v_empty[values.stage]);

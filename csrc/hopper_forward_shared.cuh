@@ -9,18 +9,20 @@ namespace sbk {
 // NOTE: u (1 + e), rounded once, is rounded to either side: e has digits that u has not. A product of two u's is not (math.cuh).
 template <int R> struct HopperRun : LinearRun<R> {
   using LinearRun<R>::GROUP, LinearRun<R>::GROUPS;
-  SBK_FN void absorb(const float (&s)[R]) {
+  SBK_FN void absorb(const float (&s)[R]) { absorb_groups<0, GROUPS>(s); }
+  // The logits of some groups.
+  template <int BEGIN, int END> SBK_FN void absorb_groups(const float (&s)[R]) {
     float u[GROUPS];
 #pragma unroll
     for (int t = 0; t < GROUP; t++) {
 #pragma unroll
-      for (int i = 0; i < GROUPS; i++) {
+      for (int i = BEGIN; i < END; i++) {
         const float e = this->e[i * GROUP + t] = ex2(s[i * GROUP + t]);
         u[i] = t == 0 ? 1.f + e : fmaf(u[i], e, u[i]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < GROUPS; i++) this->excess[i] = u[i] - 1.f;
+    for (int i = BEGIN; i < END; i++) this->excess[i] = u[i] - 1.f;
   }
 };
 
@@ -32,6 +34,8 @@ template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_> struct Hop
   static constexpr bool ONE_PLACE = BLOCK_D > 192;
   static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = BLOCK_D > 128 ? 64 : 128, THREADS = 128 * (CONSUMERS + 1);
   static constexpr int MT = 1, NT = BLOCK_N / 8, RUN = BLOCK_N / 4;
+  // In how many parts logits are computed, each one's 2^s beside the products of the next, A v's in the end.
+  static constexpr int PARTS = BLOCK_N == 128 ? 2 : 1;
   using Run = HopperRun<RUN>;
   static constexpr int SLABS = BLOCK_D / SLAB_COLUMNS;
   static constexpr int Q_SLAB = BLOCK_M * SLAB_ROW_BYTES, KEY_SLAB = BLOCK_N * SLAB_ROW_BYTES;
