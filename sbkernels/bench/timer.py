@@ -190,7 +190,7 @@ def sustained(function: Callable, device: str, seconds: float, clock: Clock | No
     """An argument-less function alone, over and over for as many seconds, after half as many that do not count.
 
     Samples of single calls start from a GPU that was writing memory at its highest clock. Dense kernels that run on bring it to its
-    power limit, and the clock down: by a quarter on an H100, more for those that take more energy.
+    power limit, and the clock down: on an H100 by up to a quarter (csrc/NOTES-backward.md).
     """
     synchronize = functools.partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
 
