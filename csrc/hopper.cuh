@@ -91,6 +91,21 @@ SBK_FN int load_acquire(const int* p) {
 }
 SBK_FN void store_release(int* p, int x) { asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 
+// ---- Who stays in the L2 cache ----
+
+// For copies: this part of what they touch goes last. Until it is read by load_done_with, also when the kernel is over.
+SBK_FN uint64 policy_keep(float part) {
+  uint64 x; asm volatile("createpolicy.fractional.L2::evict_last.L2::evict_unchanged.b64 %0, %1;" : "=l"(x) : "f"(part)); return x;
+}
+// 16 bytes that go first from now on.
+SBK_FN float4 load_done_with(const float4* p) {
+  uint64 policy; asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  float4 x;
+  asm volatile("ld.global.cg.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p), "l"(policy) : "memory");
+  return x;
+}
+
 // ---- Copies ----
 
 // Makes this thread's writes to shared memory visible to the copy engine and the tensor cores; then a barrier, then the reader.
@@ -120,12 +135,13 @@ SBK_FN void store_box(unsigned shared, const void* map, int c0, int c1, int c2, 
 }
 // Bytes of shared -> global memory, and floats in shared added to those in global memory, part of this thread's bulk group.
 // Addresses and bytes: multiples of 16.
-SBK_FN void store_bulk(void* global, unsigned shared, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes) : "memory");
+SBK_FN void store_bulk(void* global, unsigned shared, int bytes, uint64 policy) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;"
+               ::"l"(global), "r"(shared), "r"(bytes), "l"(policy) : "memory");
 }
-SBK_FN void reduce_add(float* global, unsigned shared, int bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
-               ::"l"(global), "r"(shared), "r"(bytes) : "memory");
+SBK_FN void reduce_add(float* global, unsigned shared, int bytes, uint64 policy) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;"
+               ::"l"(global), "r"(shared), "r"(bytes), "l"(policy) : "memory");
 }
 SBK_FN void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until at most PENDING of this thread's latest bulk groups are still under way ...
@@ -250,11 +266,13 @@ template <typename T, int A, int B, int COUNT> SBK_FN void wgmma_step(float (&c)
 #define SBK_C4(how, i) how(c[i]), how(c[i + 1]), how(c[i + 2]), how(c[i + 3])
 #define SBK_C16(how, i) SBK_C4(how, i), SBK_C4(how, i + 4), SBK_C4(how, i + 8), SBK_C4(how, i + 12)
 #define SBK_C32(how, i) SBK_C16(how, i), SBK_C16(how, i + 16)
+#define SBK_C48(how, i) SBK_C32(how, i), SBK_C16(how, i + 32)
 #define SBK_C64(how, i) SBK_C32(how, i), SBK_C32(how, i + 32)
 #define SBK_C96(how, i) SBK_C64(how, i), SBK_C32(how, i + 64)
 #define SBK_C128(how, i) SBK_C64(how, i), SBK_C64(how, i + 64)
 #define SBK_LIST16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define SBK_LIST32 SBK_LIST16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SBK_LIST48 SBK_LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define SBK_LIST64                                                                                                                 \
   SBK_LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51"                \
              ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -290,23 +308,27 @@ template <typename T, int A, int B, int COUNT> SBK_FN void wgmma_step(float (&c)
   };
 SBK_WGMMA(half, "f16", 32, 16, 16, 17, 18, 19, 20, 21, 22)
 SBK_WGMMA(half, "f16", 64, 32, 32, 33, 34, 35, 36, 37, 38)
+SBK_WGMMA(half, "f16", 96, 48, 48, 49, 50, 51, 52, 53, 54)
 SBK_WGMMA(half, "f16", 128, 64, 64, 65, 66, 67, 68, 69, 70)
 SBK_WGMMA(half, "f16", 192, 96, 96, 97, 98, 99, 100, 101, 102)
 SBK_WGMMA(half, "f16", 256, 128, 128, 129, 130, 131, 132, 133, 134)
 SBK_WGMMA(bfloat, "bf16", 32, 16, 16, 17, 18, 19, 20, 21, 22)
 SBK_WGMMA(bfloat, "bf16", 64, 32, 32, 33, 34, 35, 36, 37, 38)
+SBK_WGMMA(bfloat, "bf16", 96, 48, 48, 49, 50, 51, 52, 53, 54)
 SBK_WGMMA(bfloat, "bf16", 128, 64, 64, 65, 66, 67, 68, 69, 70)
 SBK_WGMMA(bfloat, "bf16", 192, 96, 96, 97, 98, 99, 100, 101, 102)
 SBK_WGMMA(bfloat, "bf16", 256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef SBK_WGMMA
 #undef SBK_LIST16
 #undef SBK_LIST32
+#undef SBK_LIST48
 #undef SBK_LIST64
 #undef SBK_LIST96
 #undef SBK_LIST128
 #undef SBK_C4
 #undef SBK_C16
 #undef SBK_C32
+#undef SBK_C48
 #undef SBK_C64
 #undef SBK_C96
 #undef SBK_C128

@@ -83,7 +83,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     bool dz_ready = true;
 #pragma unroll 1
     for (int n = 0; n < steps; n++, g++) {
-      const int stage = g % C::STAGES, parity = g / C::STAGES % 2, slot = g % C::SLOTS, slot_parity = g / C::SLOTS % 2;
+      const int stage = g % C::STAGES, parity = g / C::STAGES % 2;
       const int out = g % C::DZ_STAGES, out_parity = g / C::DZ_STAGES % 2;  // of dz, and of A where it has stages
       const unsigned weights_tile = weights_tiles + out % C::A_STAGES * (2 * C::HALF_BYTES);
 
@@ -101,7 +101,8 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         barriers.wait_unless(dz_ready, DZ_FULL + out, out_parity ^ 1);
         multiply_dq<C>(dq, dz_rows + out * DZ_STAGE, k_columns + keys);
       }
-      const auto [lane, q, row, stored] = Thread(kept(threadIdx.x % 128));
+      const Thread thread(kept(threadIdx.x % 128));
+      const unsigned lane = thread.lane, stored = thread.stored;
       const bool arriving = arrives(lane);
       const int visible = __shfl_sync(ALL_LANES, load_shared_int(base + (unsigned)offsetof(Here, visible) + stage * 4), 0);
       const bool dout_ready = barriers.ready(DOUT_FULL + stage, parity);
@@ -134,18 +135,16 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         for (int k = 0; k < D / 16; k++) add_to_dA(k);
       }
       wgmma_commit();
-      const bool state_ready = barriers.ready(STATE_FULL + slot, slot_parity), next_free = barriers.ready(NEXT_EMPTY + slot, slot_parity ^ 1);
-      if (visible < C::BLOCK_N)
-        hide_others(e, u, visible + (int)Thread(kept(threadIdx.x % 128)).row - half * C::HALF_N - (int)q * C::RUN);
-      const float excess[2] = {u[0] - 1.f, u[1] - 1.f};
-      const Exchange<C> exchange = {barriers, half, slot, slot_parity, base + (slot * C::BLOCK_M + (unsigned)row) * ROW_BYTES, q, arriving};
+      const Exchange<C> exchange(barriers, base, half, g, thread);
+      float excess[2];
+      exchange.hide(e, u, visible, excess);
 
       // The rest of the step, compiled for warps without exact rows and for others.
       // NOTE: branches around what exact rows take, in the midst of the others' code, cost 8 %, though nobody went there.
       auto finish = [&](auto exact) {
         constexpr bool ANY_EXACT = decltype(exact)::ANY;
         float start[2];
-        exchange.find_starts(start, e, excess, exact, state_ready, next_free);
+        exchange.find_starts(start, e, excess, exact);
         const bool A_free = !C::SUMS_APART || barriers.ready(A_EMPTY + out, out_parity ^ 1);
         if constexpr (C::SUMS_APART)
           barriers.wait_unless(A_free, A_EMPTY + out, out_parity ^ 1);

@@ -3,6 +3,7 @@
 //     hopper_backward_begin_kernel    a warp for each block of 64 queries, 8 a block of threads
 //     hopper_backward_end_kernel      a block of threads for each block of 64 queries; where sums are apart, see convert_dq
 #pragma once
+#include "hopper.cuh"
 #include "tile.cuh"
 
 namespace sbk {
@@ -80,7 +81,7 @@ hopper_backward_end_kernel(const __grid_constant__ HopperBackwardParams p) {
   const float4* sums = reinterpret_cast<const float4*>(p.dq_sum) + ((int64)block.index * 2 + half) * HALF_PIECES + thread;
 #pragma unroll
   for (int j = 0; j < HEAD_DIM / 16; j++) {
-    const float4 x = sums[j * 128];
+    const float4 x = load_done_with(sums + j * 128);
     const int piece = half * (PIECES / 2) + j;
     reinterpret_cast<unsigned*>(&tile[row][piece])[q] = pack<T>(x.x * p.given.shape.scale, x.y * p.given.shape.scale);
     reinterpret_cast<unsigned*>(&tile[row + 8][piece])[q] = pack<T>(x.z * p.given.shape.scale, x.w * p.given.shape.scale);

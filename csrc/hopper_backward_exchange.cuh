@@ -16,11 +16,25 @@ template <class C> struct Exchange {
   const Barriers& barriers;
   int half, slot, slot_parity;
   unsigned here, q;  // here: the slot's place of the thread's first row, less what the offsets above are
-  bool arriving;
+  bool arriving, state_ready, next_free;  // the last two asked early
+
+  // Of step g. base: of shared memory.
+  SBK_FN Exchange(const Barriers& barriers, unsigned base, int half, unsigned g, const Thread& thread)
+      : barriers(barriers), half(half), slot(g % C::SLOTS), slot_parity(g / C::SLOTS % 2),
+        here(base + (slot * C::BLOCK_M + thread.row) * ROW_BYTES), q(thread.q), arriving(arrives(thread.lane)),
+        state_ready(barriers.ready(STATE_FULL + slot, slot_parity)), next_free(barriers.ready(NEXT_EMPTY + slot, slot_parity ^ 1)) {}
+
+  // Each run's excess, out of its e and u, the product of all 1 + e, without the keys that the row does not see. visible: how many of the
+  // tile's the block's first row sees.
+  template <int COUNT> SBK_FN void hide(float (&e)[COUNT], float (&u)[2], int visible, float (&excess)[2]) const {
+    if (visible < C::BLOCK_N)
+      hide_others(e, u, visible + (int)Thread(kept(threadIdx.x % 128)).row - half * C::HALF_N - (int)q * C::RUN);
+    excess[0] = u[0] - 1.f, excess[1] = u[1] - 1.f;
+  }
 
   // What is left before each of the two runs' oldest keys, out of their excesses.
   template <class Exact, int COUNT>
-  SBK_FN void find_starts(float (&start)[2], float (&e)[COUNT], const float (&excess)[2], Exact exact, bool state_ready, bool next_free) const {
+  SBK_FN void find_starts(float (&start)[2], float (&e)[COUNT], const float (&excess)[2], Exact exact) const {
     // Totals of the half, for the other one.
     HalfScan scans[2];
 #pragma unroll

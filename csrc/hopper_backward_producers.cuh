@@ -117,8 +117,9 @@ template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C
   }
 }
 
-// The other warps' way through the tiles: step(work, blocks, n) for each step of each, n counting on.
-template <class C, typename Step> SBK_FN void each_step(const HopperBackwardParams& p, Shared<C>& s, int lane, Step step) {
+// The other warps' way through the tiles: step(work, blocks, n) for each step of each, n counting on, and end_tile(work).
+template <class C, typename Step, typename EndTile>
+SBK_FN void each_step(const HopperBackwardParams& p, Shared<C>& s, int lane, Step step, EndTile end_tile) {
   const Barriers barriers = barriers_of(s, p);
   int g = 0;
   for (int t = 0;; t++) {
@@ -128,6 +129,7 @@ template <class C, typename Step> SBK_FN void each_step(const HopperBackwardPara
     if (end == g) break;
     VisitingBlocks blocks(p, work);
     for (; g < end; g++) step(work, blocks, g);
+    end_tile(work);
     __syncwarp();
     barriers.arrive(WORK_EMPTY + t % 2, arrives(lane));
   }
@@ -157,7 +159,7 @@ template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<
         make_float4(encode_carry(x.x, oldest.x, tile, newest), x.y, encode_carry(x.z, oldest.y, tile, newest), x.w);
     __syncwarp();
     barriers.arrive(STATE_FULL + slot, arrives(lane));
-  });
+  }, [](const Work&) {});
 }
 
 template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shared<C>& s, int lane) {
@@ -172,7 +174,7 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
     __syncwarp();
     barriers.arrive(NEXT_EMPTY + slot, arrives(lane));
     if (lane == 0) store_release(p.state_turn + index, work.tile + 1);
-  });
+  }, [](const Work&) {});
 }
 
 // The first tile of a query block stores its part of dq, the others add theirs in turn, so that sums are the same each time.
@@ -181,34 +183,44 @@ template <class C> SBK_FN void pass_state_on(const HopperBackwardParams& p, Shar
 template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& s, int lane) {
   const Barriers barriers = barriers_of(s, p);
   constexpr int FLOATS = 2 * C::DQ_FLOATS;  // of a part
-  int last = -1, tile = 0;  // of the sum under way: number of its block; its tile
-  auto finish = [&] {
-    if (lane == 0 && last >= 0) {
+  // Turns not passed on yet, of this tile: lane i has the number of the block of the i-th. The last one's sum may be under way.
+  // NOTE: some at a time, since what it takes to pass one on, a wait for sums to be there and a release, is most of a step. But none is
+  // kept beyond its tile: the next one may wait for blocks of threads that wait for it.
+  int turns = 0, mine = 0;
+  const uint64 policy = policy_keep(p.dq_kept);
+  auto pass_on = [&](const Work& work, int at_least) {
+    if (turns == 0) return;
+    const bool passing = turns >= at_least;
+    if (lane == 0) {
       bulk_wait_read<0>();
       barriers.arrive(DQ_EMPTY);
-      bulk_wait<0>();
-      fence_async_global();
-      store_release(p.dq_turn + last, tile + 1);
+      if (passing) {
+        bulk_wait<0>();
+        fence_async_global();
+      }
     }
     __syncwarp();
+    if (!passing) return;
+    if (lane < turns) store_release(p.dq_turn + mine, work.tile + 1);
+    turns = 0;
   };
   each_step<C>(p, s, lane, [&](const Work& work, VisitingBlocks& blocks, int n) {
     const int index = blocks.index(blocks.next(lane));
     const bool first = p.block_oldest[index] == work.tile;
-    finish();
-    last = index, tile = work.tile;
+    pass_on(work, C::TURNS);
+    if (lane == turns++) mine = index;
     if (lane == 0) {
       float* sum = p.dq_sum + (int64)index * C::DQ_PARTS * FLOATS;
-      barriers.wait_for_turn(p.dq_turn + index, tile, DQ_TURN);
+      barriers.wait_for_turn(p.dq_turn + index, work.tile, DQ_TURN);
 #pragma unroll
       for (int part = 0; part < C::DQ_PARTS; part++) {
         barriers.wait(DQ_FULL, (n * C::DQ_PARTS + part) % 2);
         fence_async_global();
         fence_async_shared();  // for all who wrote it
         if (first)
-          store_bulk(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4);
+          store_bulk(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4, policy);
         else
-          reduce_add(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4);
+          reduce_add(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4, policy);
         bulk_commit();
         if (part + 1 == C::DQ_PARTS) break;
         bulk_wait_read<0>();
@@ -216,8 +228,7 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
       }
     }
     __syncwarp();
-  });
-  finish();
+  }, [&](const Work& work) { pass_on(work, 1); });
 }
 
 }  // namespace hopper_backward

@@ -49,14 +49,14 @@ template <class C> SBK_FN void convert_dq(const HopperBackwardParams& p, const B
     const float4* sums = reinterpret_cast<const float4*>(p.dq_sum + ((int64)index * 2 * C::DQ_PARTS + slice) * C::DQ_FLOATS) + threadIdx.x % 128;
     float4 x[PIECES];
 #pragma unroll
-    for (int j = 0; j < PIECES; j++) x[j] = __ldcg(sums + j * 128);
+    for (int j = 0; j < PIECES; j++) x[j] = load_done_with(sums + j * 128);
     Sequence at = work.at;
     at.head = at.head * group + head;
     const int64 row = block * C::BLOCK_M + (int)thread.row;
     T* to = rows_of<T>(p.given.dq, at, 1) + row * p.given.dq.stride_row;
 #pragma unroll
     for (int j = 0; j < PIECES; j++) {
-      const int column = slice * C::DQ_COLUMNS + 8 * j + 2 * (int)thread.q;
+      const int column = 8 * C::own_column(half, part * PIECES + j) + 2 * (int)thread.q;
       if (column >= width) continue;
       if (row < at.M) *reinterpret_cast<unsigned*>(to + column) = pack<T>(x[j].x * scale, x[j].y * scale);
       if (row + 8 < at.M) *reinterpret_cast<unsigned*>(to + 8 * p.given.dq.stride_row + column) = pack<T>(x[j].z * scale, x[j].w * scale);
@@ -64,14 +64,15 @@ template <class C> SBK_FN void convert_dq(const HopperBackwardParams& p, const B
   }
 }
 
-// Accumulator of 64 keys times scale, rounded, to slabs slab_bytes apart; `stored`: see Thread.
-template <class C, int COUNT> SBK_FN void stage_sums(unsigned tile, int slab_bytes, unsigned stored, const float (&x)[COUNT], float scale) {
+// Accumulator of 64 keys times scale, rounded, to a tile of keys, of all columns or, WIDE, the half's; `stored`: see Thread.
+template <class C, int COUNT> SBK_FN void stage_sums(unsigned tile, int half, unsigned stored, const float (&x)[COUNT], float scale) {
 #pragma unroll
   for (int i = 0; i < COUNT / 8; i++) {
     unsigned packed[4];
 #pragma unroll
     for (int y = 0; y < 4; y++) packed[y] = pack<typename C::T>(x[8 * i + 2 * y] * scale, x[8 * i + 2 * y + 1] * scale);
-    store_matrices(tile + i / 4 * slab_bytes + (stored ^ i % 4 << 5), packed);
+    const int column = C::WIDE ? C::own_column(half, 2 * i) : 2 * i;
+    store_matrices(tile + column / 8 * C::K_SLAB_BYTES + (stored ^ column % 8 << 4), packed);
   }
 }
 
@@ -80,12 +81,12 @@ template <class C, int COUNT> SBK_FN void stage_sums(unsigned tile, int slab_byt
 template <class C, int COUNT>
 SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& work, int stage, int half, const float (&dk)[COUNT],
                        const float (&dv)[COUNT]) {
-  constexpr int SLAB = C::K_SLAB_BYTES, STAGED = C::WIDE ? COUNT / 32 * SLAB : C::HALF_BYTES;
+  const int of_half = C::WIDE ? 0 : half * C::HALF_BYTES;
   const unsigned stored = Thread(threadIdx.x % 128).stored, v_tile = shared_address(s.v[stage]), k_tile = shared_address(s.k[stage]);
   if (C::WIDE) named_sync(BOTH_HALVES, 256);
-  stage_sums<C>(v_tile + half * STAGED, SLAB, stored, dv, 1.f);
+  stage_sums<C>(v_tile + of_half, half, stored, dv, 1.f);
   if (!C::SUMS_APART && !C::WIDE) named_sync(BOTH_HALVES, 256);  // both are done with k
-  stage_sums<C>(k_tile + half * STAGED, SLAB, stored, dk, p.given.shape.scale);
+  stage_sums<C>(k_tile + of_half, half, stored, dk, p.given.shape.scale);
   fence_async_shared();
   if (C::WIDE)
     named_sync(BOTH_HALVES, 256);

@@ -17,15 +17,20 @@ template <typename T_, int HEAD_DIM_> struct HopperBackwardConfig {
   // Whether keys are too few for halves of a product's 64 rows: A and dz of both then lie side by side, and a warpgroup adds up dk and
   // dv of all of the tile's keys, half the columns.
   static constexpr bool WIDE = HEAD_DIM > 128;
-  static constexpr int STAGES = SUMS_APART ? 4 : 2, DOUT_STAGES = WIDE ? 1 : STAGES;             // of q; of dout
+  static constexpr int STAGES = SUMS_APART ? 4 : 2, DOUT_STAGES = HEAD_DIM == 256 ? 1 : STAGES;  // of q; of dout
   static constexpr int A_STAGES = SUMS_APART ? 2 : 1, DZ_STAGES = WIDE ? 1 : 2;
   static constexpr int SLOTS = 4, KEY_STAGES = HEAD_DIM == 64 ? 2 : 1;                             // of state; of k and v
   static constexpr int Q_SLAB_BYTES = BLOCK_M * SLAB_ROW_BYTES, K_SLAB_BYTES = BLOCK_N * SLAB_ROW_BYTES;
   static constexpr int Q_BYTES = SLABS * Q_SLAB_BYTES, K_BYTES = SLABS * K_SLAB_BYTES;
   static constexpr int HALF_BYTES = HALF_N * SLAB_ROW_BYTES;  // half the keys of a slab, and [BLOCK_M, HALF_N] of A or dz
-  static constexpr int DQ_PARTS = WIDE ? HEAD_DIM / 128 : 1;  // in which dq is handed over
+  static constexpr int DQ_PARTS = HEAD_DIM == 256 ? 2 : 1;    // in which dq is handed over
+  static constexpr int TURNS = SUMS_APART ? 2 : 1;            // for dq, that are passed on at a time
   static constexpr int DQ_COLUMNS = HEAD_DIM / 2 / DQ_PARTS, DQ_FLOATS = BLOCK_M * DQ_COLUMNS;  // what a warpgroup computes of a part
-  static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256);
+  // Which columns, by eights, the j-th of a half's are: of dq and, WIDE, of dk and dv. Of three slabs each half has one and half the third.
+  static SBK_FN constexpr int own_column(int half, int j) {
+    return SLABS != 3 ? half * (HEAD_DIM / 16) + j : j < 8 ? half * 8 + j : 16 + half * 4 + j - 8;
+  }
+  static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 192 || HEAD_DIM == 256);
 };
 
 namespace hopper_backward {

@@ -28,20 +28,18 @@ struct HopperBackwardArguments : BackwardArguments {
   int* error;     // set to a nonzero code if a wait ran out; results are then void
 };
 
-// Scratch: byte offsets in one piece of memory, for `blocks` blocks of 64 rows.
+// Scratch: byte offsets in one piece of memory, for `blocks` blocks of 64 rows; head_dim is the kernel's.
 struct HopperBackwardScratch {
   int64 dq_sum, state, oldest_tile, block_oldest, state_turn, dq_turn, ticket, bytes;
 };
-// Of the backward's kernel for a compiled width: the head dim it computes with, and the keys of its tiles.
-constexpr int hopper_backward_width(int block_d) { return block_d > 128 ? 256 : block_d; }
-constexpr int hopper_backward_keys(int block_d) { return block_d > 128 ? 64 : 128; }
-
-constexpr HopperBackwardScratch hopper_backward_scratch(int64 blocks, int block_d) {
-  const int head_dim = hopper_backward_width(block_d);
+constexpr HopperBackwardScratch hopper_backward_scratch(int64 blocks, int head_dim) {
   const int64 rows = blocks * 64, ints = blocks * 4, state = rows * head_dim * 4, oldest_tile = state + rows * 8;
   const int64 block_oldest = oldest_tile + rows * 4, ticket = block_oldest + 3 * ints;
   return {0, state, oldest_tile, block_oldest, block_oldest + ints, block_oldest + 2 * ints, ticket, ticket + 16};
 }
+
+// Keys of the backward's tiles.
+constexpr int hopper_backward_keys(int head_dim) { return head_dim > 128 ? 64 : 128; }
 
 // Of each head there are ceil(M / 64) blocks of 64 query rows, rows beyond the last included: those have no stick in any tile. Of packed
 // sequences each has blocks of its own: at most tokens / 64 and one a sequence.
@@ -49,7 +47,7 @@ struct HopperBackwardParams {
   TensorMap q, dout;
   MappedKeys k, v, dk, dv;  // see hopper_backward.cuh
   HopperBackwardArguments given;  // oldest_carry, oldest_tile: of the kernel's tiles
-  float* dq_sum;      // [blocks, D / 128 or 1, 2, 64 rows, 64 columns or D / 2]: q's gradient before scaling, in the order of the products' registers
+  float* dq_sum;      // [blocks, 1 or, of 256 columns, 2, 2, 64 rows, half the columns]: q's gradient before scaling, in the order of the products' registers
   float* state;       // [blocks, 64, 2]: per row, the carry on entry of the last tile done, and dr r + sum of a over the tiles done
   int* oldest_tile;   // [blocks, 64]: as given; of rows beyond the last, beyond the last tile
   int* block_oldest;  // [blocks]: oldest tile a block visits
@@ -58,6 +56,7 @@ struct HopperBackwardParams {
   int* ticket;
   int head_blocks;      // of a head, of all its packed sequences
   int heads_per_group;  // key heads whose tiles are taken in turns
+  float dq_kept;        // what part of dq_sum is to stay in the L2 cache
   float scale_log2;     // scale * log2(e)
 };
 

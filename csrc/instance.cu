@@ -43,6 +43,8 @@ template <int BLOCK_D, int BLOCK_M, int ROWS, int NUM_WARPS, int NUM_STAGES, int
 #ifdef SBK_SM90A  // defined where sm_90a is among the architectures
 [[maybe_unused]] constexpr int64 L2_BUDGET = 24 << 20;  // bytes of keys and values that blocks side by side should share
 [[maybe_unused]] constexpr int CHAIN_COLUMNS = 4096;    // of the query heads whose tiles are taken in turns, so that few tiles wait for the one before
+// Bytes of their sums of dq that are to stay in the L2 cache: the tiles sweep over more than it holds, so that else nothing would.
+[[maybe_unused]] constexpr int64 CHAIN_KEPT = 32 << 20;
 
 // Heads whose keys and values fit, at least one.
 [[maybe_unused]] int heads_side_by_side(const Shape& shape) { return int(L2_BUDGET / (int64(shape.keys) * (shape.head_dim + shape.value_dim) * sizeof(T))) + 1; }
@@ -94,12 +96,14 @@ template <int BLOCK_D, bool MAPS> Clear prepare_hopper_backward(const void* pack
   made.dq_turn = reinterpret_cast<int*>(scratch + at.dq_turn);
   made.ticket = reinterpret_cast<int*>(scratch + at.ticket);
   made.heads_per_group = CHAIN_COLUMNS / BLOCK_D / shape.group > 0 ? CHAIN_COLUMNS / BLOCK_D / shape.group : 1;
+  const float sums = float(made.heads_per_group) * shape.group * made.head_blocks * HOPPER_BLOCK_M * BLOCK_D * sizeof(float);
+  made.dq_kept = sums < CHAIN_KEPT ? 1.f : CHAIN_KEPT / sums;
   made.scale_log2 = shape.scale * LOG2_E;
   return {nullptr, 0};
 }
 
 template <int BLOCK_D> void hopper_backward() {
-  using C = HopperBackwardConfig<T, hopper_backward_width(BLOCK_D)>;
+  using C = HopperBackwardConfig<T, BLOCK_D>;
   constexpr int BYTES = sizeof(HopperBackwardArguments);
   add("hopper_backward_begin", BLOCK_D, hopper_backward_begin_kernel<C::BLOCK_N>, HOPPER_EDGE_THREADS, 0, {}, BYTES,
       prepare_hopper_backward<BLOCK_D, false>);

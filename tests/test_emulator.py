@@ -27,7 +27,7 @@ PLANTED = {
     ),
     "a turn is not passed on": (
         "hopper_backward_producers.cuh",
-        "store_release(p.dq_turn + last, tile + 1);",
+        "if (lane < turns) store_release(p.dq_turn + mine, work.tile + 1);",
         "",
         "nobody can go on",
     ),

@@ -17,8 +17,7 @@ from .base import Call, allocate
 from .launches import CudaForward, Launch, ceil_div
 
 CAPABILITY = (9, 0)
-BLOCK_M, BLOCK_N, WIDE_BLOCK_N = 64, 128, 64  # of the backward; WIDE: beyond 128 columns
-SUMS_APART_WIDTH = 64  # up to which a warpgroup adds up dq, dk and dv (csrc/hopper_backward_shared.cuh)
+BLOCK_M = 64  # query rows of a block of the backward
 # Fewer, of the longest sequence, take the portable kernels less time: a warp copies tiles that are not whole (csrc/hopper.cuh).
 MIN_KEYS = 128
 
@@ -47,7 +46,7 @@ def mappable_blocks(x: torch.Tensor) -> torch.Tensor:
     batch, heads, rows, _ = x.shape
     stride_b, stride_h, stride_row, _ = x.stride()
     folds = batch == 1 or heads == 1 or stride_b in (heads * stride_h, rows * stride_row)
-    return mappable(x) if folds or rows < BLOCK_N else x.contiguous()
+    return mappable(x) if folds else x.contiguous()
 
 
 def mapped(call: Call) -> Call:
@@ -70,10 +69,13 @@ def prepare_forward(call: Call, kernel, config: CudaForward, out) -> PreparedFor
     return PreparedForward(kernel, grid, *launches.pack_forward(mapped(call), out))
 
 
-def plan_backward(call: Call, width: int, scratch_bytes, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
+def plan_backward(
+    call: Call, block_n: int, ends: bool, scratch_bytes, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv
+):
     """The backward's launches, for as many batch entries, or key heads of one, at a time as the workspace has scratch for.
 
-    width: the kernels'. scratch_bytes(blocks): what so many blocks of BLOCK_M query rows take. At least a key head is taken.
+    block_n: keys of a tile, the forward's. ends: whether dq takes a kernel in the end. scratch_bytes(blocks): what so many blocks
+    of BLOCK_M query rows take. At least a key head is taken.
     """
     problem, error = call.problem, error_flag(call.q.device)
     group, head_blocks = problem.group, ceil_div(problem.queries, BLOCK_M)
@@ -106,11 +108,10 @@ def plan_backward(call: Call, width: int, scratch_bytes, remainder, oldest_carry
             *(x.data_ptr() for x in of_queries(remainder, dremainder, oldest_carry, oldest_tile)),
             scratch.data_ptr(), error.data_ptr(),
         )  # fmt: skip
-        block_n = BLOCK_N if width <= 128 else WIDE_BLOCK_N
         blocks, tiles = part.batch * part.heads * head_blocks, part.batch * n * ceil_div(problem.keys, block_n)
         yield Launch("hopper_backward_begin", ceil_div(blocks, 8), packed)
         yield Launch("hopper_backward", min(tiles, launches.multiprocessors(problem.device)), packed)
-        if width <= SUMS_APART_WIDTH:  # beyond, the chain's blocks convert dq themselves
+        if ends:
             yield Launch("hopper_backward_end", blocks, packed)
 
 
