@@ -91,21 +91,6 @@ SBK_FN int load_acquire(const int* p) {
 }
 SBK_FN void store_release(int* p, int x) { asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
 
-// ---- Who stays in the L2 cache ----
-
-// For copies: this part of what they touch goes last. Until it is read by load_done_with, also when the kernel is over.
-SBK_FN uint64 policy_keep(float part) {
-  uint64 x; asm volatile("createpolicy.fractional.L2::evict_last.L2::evict_unchanged.b64 %0, %1;" : "=l"(x) : "f"(part)); return x;
-}
-// 16 bytes that go first from now on.
-SBK_FN float4 load_done_with(const float4* p) {
-  uint64 policy; asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
-  float4 x;
-  asm volatile("ld.global.cg.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p), "l"(policy) : "memory");
-  return x;
-}
-
 // ---- Copies ----
 
 // Makes this thread's writes to shared memory visible to the copy engine and the tensor cores; then a barrier, then the reader.
@@ -135,13 +120,11 @@ SBK_FN void store_box(unsigned shared, const void* map, int c0, int c1, int c2, 
 }
 // Bytes of shared -> global memory, and floats in shared added to those in global memory, part of this thread's bulk group.
 // Addresses and bytes: multiples of 16.
-SBK_FN void store_bulk(void* global, unsigned shared, int bytes, uint64 policy) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;"
-               ::"l"(global), "r"(shared), "r"(bytes), "l"(policy) : "memory");
+SBK_FN void store_bulk(void* global, unsigned shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes) : "memory");
 }
-SBK_FN void reduce_add(float* global, unsigned shared, int bytes, uint64 policy) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;"
-               ::"l"(global), "r"(shared), "r"(bytes), "l"(policy) : "memory");
+SBK_FN void reduce_add(float* global, unsigned shared, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes) : "memory");
 }
 SBK_FN void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until at most PENDING of this thread's latest bulk groups are still under way ...
@@ -204,10 +187,10 @@ SBK_FN uint4 load_shared_16(unsigned address) {
   uint4 x; asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
   return x;
 }
-// Shared -> global by a warpgroup: what is there.
-template <int ROWS, int SLABS, class Order, typename T>
+// Shared -> global by THREADS threads: what is there.
+template <int ROWS, int SLABS, class Order, int THREADS, typename T>
 SBK_FN void store_pieces(unsigned tile, int slab_bytes, const Rows<T>& x, int thread) {
-  each_piece<ROWS, SLABS, Order, 128>(tile, slab_bytes, x, thread, [&](unsigned shared, T* to) {
+  each_piece<ROWS, SLABS, Order, THREADS>(tile, slab_bytes, x, thread, [&](unsigned shared, T* to) {
     if (to != nullptr) *reinterpret_cast<uint4*>(to) = load_shared_16(shared);
   });
 }
@@ -216,6 +199,23 @@ SBK_FN void store_pieces(unsigned tile, int slab_bytes, const Rows<T>& x, int th
 SBK_FN void store_matrices(unsigned address, const unsigned (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+// Where a thread of a warpgroup is for store_matrices in a slab of 64 rows: row lane % 16 of its warp's, and there the piece lane / 16,
+// swizzled. 16 columns on are 32 bytes, added without carry.
+SBK_FN unsigned matrix_place(unsigned thread) {
+  const unsigned lane = thread % 32;
+  return (thread / 32 * 16 + lane % 16) * SLAB_ROW_BYTES + ((lane / 16 ^ lane % 8) << 4);
+}
+// A warpgroup's accumulator times scale, rounded to T, to the slabs of a tile: its i-th 16 columns to the columns from 8 eighth(i) on.
+template <typename T, int COUNT, typename Eighth>
+SBK_FN void store_accumulator(unsigned tile, int slab_bytes, unsigned place, const float (&x)[COUNT], float scale, Eighth eighth) {
+#pragma unroll
+  for (int i = 0; i < COUNT / 8; i++) {
+    unsigned packed[4];
+#pragma unroll
+    for (int y = 0; y < 4; y++) packed[y] = pack<T>(x[8 * i + 2 * y] * scale, x[8 * i + 2 * y + 1] * scale);
+    store_matrices(tile + eighth(i) / 8 * slab_bytes + (place ^ eighth(i) % 8 << 4), packed);
+  }
 }
 
 // ---- Products of tiles by a warpgroup ----

@@ -93,9 +93,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       barriers.wait_unless(q_ready, Q_FULL + stage, parity);
       const uint64 q_stage = q_rows + stage * Q_STAGE, dout_stage = dout_rows + stage * Q_STAGE;
       wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < D / 16; i++)
-        wgmma_step<T, ALONG_K, ALONG_K>(e, q_stage + along_k(i, C::Q_SLAB_BYTES), k_rows + keys + along_k(i, C::K_SLAB_BYTES), i);
+      multiply_by_keys<C>(e, q_stage, k_rows + keys);
       wgmma_commit();
       if constexpr (!C::SUMS_APART) {
         barriers.wait_unless(dz_ready, DZ_FULL + out, out_parity ^ 1);
@@ -115,14 +113,11 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 
       // dA = dout v^T and e = 2^s: dA beside it or, where its registers are dq's, behind.
       float u[2] = {1.f, 1.f};
-      auto add_to_dA = [&](int k) {
-        wgmma_step<T, ALONG_K, ALONG_K>(dA, dout_stage + along_k(k, C::Q_SLAB_BYTES), v_rows + keys + along_k(k, C::K_SLAB_BYTES), k);
-      };
       barriers.wait_unless(dout_ready, DOUT_FULL + stage, parity);
       if constexpr (C::SUMS_APART) wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        if (C::SUMS_APART && i % 2 == 0) add_to_dA(i / 2);
+        if (C::SUMS_APART && i % 2 == 0) wgmma_step<T, ALONG_K, ALONG_K>(dA, dout_stage + along_k(i / 2, 0), v_rows + keys + along_k(i / 2, 0), i / 2);
         exponentiate(e, u, i, p.scale_log2);
       }
       if constexpr (!C::SUMS_APART) {
@@ -131,8 +126,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         barriers.arrive(DZ_EMPTY + out, arriving && g >= 2);
         if (n >= 2) hand_dq_over<C>(barriers, dq_tile + kept(threadIdx.x % 128) * 16, dq, lane);
         wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < D / 16; k++) add_to_dA(k);
+        multiply_by_keys<C>(dA, dout_stage, v_rows + keys);
       }
       wgmma_commit();
       const Exchange<C> exchange(barriers, base, half, g, thread);
@@ -193,20 +187,42 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
         finish(find_exact_rows(excess, lane));
     }
     if constexpr (!C::SUMS_APART) {
-      // dq of the last two steps. There is at least one.
-      int m = max((int)g - 2, (int)g - steps);
-#pragma unroll 1
-      do {
-        float dq[D / 4];
-        barriers.wait(DZ_FULL + m % 2, m / 2 % 2);
-        multiply_dq<C>(dq, dz_rows + m % 2 * DZ_STAGE, k_columns + keys);
+      // dq of the last two steps, there is at least one; and dv and dk, while the warp that adds dq is busy: both through the half's rows of
+      // v, which only its own products read, so that the next tile's k can come as soon as dq is done with this one's.
+      static_assert(C::KEY_STAGES == 1);
+      const Work& work = s.work[t % 2];
+      const unsigned own_tile = v_tile + half * C::HALF_BYTES;
+      const bool first_thread = threadIdx.x % 128 == 0;
+      float dq[D / 4];
+      auto multiply = [&](unsigned step) {
+        barriers.wait(DZ_FULL + step % 2, step / 2 % 2);
+        multiply_dq<C>(dq, dz_rows + step % 2 * DZ_STAGE, k_columns);
         wgmma_wait<0>();
-        barriers.wait(DQ_EMPTY, m % 2 ^ 1);
+      };
+      auto hand_over = [&](unsigned step) {
+        barriers.wait(DQ_EMPTY, step % 2 ^ 1);
         hand_dq_over<C>(barriers, dq_tile + threadIdx.x % 128 * 16, dq, threadIdx.x % 32);
-      } while (++m < (int)g);
+      };
+      auto store = [&](const float (&sum)[D / 2], float scale, bool of_values) {
+        stage_sum<C>(own_tile, half, sum, scale);
+        fence_async_shared();
+        named_sync(OLDER_HALF + half, 128);
+        copy_sum<C>(p, work, own_tile, half, of_values);
+      };
+      multiply(g - 2);  // of a tile with one step: of what is there, and thrown away
+      store(dv, 1.f, true);
+      if (steps > 1) hand_over(g - 2);
+      multiply(g - 1);
+      await_copies(half);
+      barriers.arrive(K_EMPTY, first_thread);
+      store(dk, p.given.shape.scale, false);
+      hand_over(g - 1);
+      await_copies(half);
+      barriers.arrive(V_EMPTY, first_thread);
       if (t > 0) convert_dq<C>(p, barriers, s.done[half], half);
-      store_sums(p, s, s.work[t % 2], key_stage, half, dk, dv);
-      barriers.arrive(KEYS_EMPTY + key_stage, threadIdx.x % 128 == 0);
+      named_sync(OLDER_HALF + half, 128);
+      if (first_thread) s.done[half] = work;
+      named_sync(OLDER_HALF + half, 128);
     }
     __syncwarp();
     barriers.arrive(WORK_EMPTY + t % 2, arrives(threadIdx.x % 32));

@@ -12,12 +12,17 @@ constexpr int HOPPER_BLOCK_M = 64;
 constexpr int HOPPER_EDGE_THREADS = 256;
 
 // Where blocks of query rows and key tiles meet, M queries being the last of N positions: blocks of a head; the newest tile that some
-// row of a block sees or, for attend_current, would see; the first block of which a tile is not newer than that.
+// row of a block sees or, for attend_current, would see; the first block of which a tile is not newer than that; the first of which it is
+// older.
 SBK_FN int query_blocks(const Sequence& at) { return ceil_div(at.M, HOPPER_BLOCK_M); }
 template <int BLOCK_N> SBK_FN int newest_tile(const Sequence& at, int block) {
   return (min(at.N - at.M + (block + 1) * HOPPER_BLOCK_M, at.N) - 1) / BLOCK_N;
 }
 template <int BLOCK_N> SBK_FN int first_block(const Sequence& at, int tile) { return max(tile * BLOCK_N - (at.N - at.M), 0) / HOPPER_BLOCK_M; }
+template <int BLOCK_N> SBK_FN int blocks_end(const Sequence& at, int tile) {
+  const int all = query_blocks(at);
+  return tile == newest_tile<BLOCK_N>(at, all) ? all : first_block<BLOCK_N>(at, tile + 1);
+}
 
 // Number of block 0 of a query head among all blocks. Packed sequences follow each other in a head, each on blocks of its own.
 SBK_FN int blocks_before(const HopperBackwardParams& p, const Sequence& at, int entry, int head) {
@@ -81,7 +86,7 @@ hopper_backward_end_kernel(const __grid_constant__ HopperBackwardParams p) {
   const float4* sums = reinterpret_cast<const float4*>(p.dq_sum) + ((int64)block.index * 2 + half) * HALF_PIECES + thread;
 #pragma unroll
   for (int j = 0; j < HEAD_DIM / 16; j++) {
-    const float4 x = load_done_with(sums + j * 128);
+    const float4 x = sums[j * 128];
     const int piece = half * (PIECES / 2) + j;
     reinterpret_cast<unsigned*>(&tile[row][piece])[q] = pack<T>(x.x * p.given.shape.scale, x.y * p.given.shape.scale);
     reinterpret_cast<unsigned*>(&tile[row + 8][piece])[q] = pack<T>(x.z * p.given.shape.scale, x.w * p.given.shape.scale);

@@ -102,8 +102,10 @@ template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C
     next(0);
     load_queries(p.q, given.q, D, s.q, 0, Q_FULL, Q_EMPTY);
     const int key_stage = work.number % C::KEY_STAGES;
-    barriers.wait(KEYS_EMPTY + key_stage, work.number / C::KEY_STAGES % 2 ^ 1);
+    const int key_parity = work.number / C::KEY_STAGES % 2;
+    barriers.wait(K_EMPTY + key_stage, key_parity ^ 1);
     load_tile(p.k, given.k, D, s.k[key_stage], K_FULL + key_stage);
+    barriers.wait(V_EMPTY + key_stage, key_parity ^ 1);
     load_tile(p.v, given.v, Dv, s.v[key_stage], V_FULL + key_stage);
     for (int n = 0; n < work.steps; n++) {
       load_queries(p.dout, given.dout, Dv, s.dout, n, DOUT_FULL, DOUT_EMPTY);
@@ -146,9 +148,9 @@ template <class C> SBK_FN void take_state(const HopperBackwardParams& p, Shared<
   each_step<C>(p, s, lane, [&](const Work& work, VisitingBlocks& blocks, int n) {
     const int slot = n % C::SLOTS, tile = work.tile;
     const Visit visit = blocks.next(lane);
-    const int index = blocks.index(visit), all = query_blocks(work.at);
+    const int index = blocks.index(visit);
     // Of a block: some of its rows may see none of its keys.
-    const bool newest = visit.block < (tile == newest_tile<C::BLOCK_N>(work.at, all) ? all : first_block<C::BLOCK_N>(work.at, tile + 1));
+    const bool newest = visit.block < blocks_end<C::BLOCK_N>(work.at, tile);
     const unsigned rows = index * (C::BLOCK_M / 2) + lane;  // two a lane
     barriers.wait(STATE_EMPTY + slot, n / C::SLOTS % 2 ^ 1);
     const int2 oldest = reinterpret_cast<const int2*>(p.oldest_tile)[rows];
@@ -187,7 +189,6 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
   // NOTE: some at a time, since what it takes to pass one on, a wait for sums to be there and a release, is most of a step. But none is
   // kept beyond its tile: the next one may wait for blocks of threads that wait for it.
   int turns = 0, mine = 0;
-  const uint64 policy = policy_keep(p.dq_kept);
   auto pass_on = [&](const Work& work, int at_least) {
     if (turns == 0) return;
     const bool passing = turns >= at_least;
@@ -218,9 +219,9 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
         fence_async_global();
         fence_async_shared();  // for all who wrote it
         if (first)
-          store_bulk(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4, policy);
+          store_bulk(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4);
         else
-          reduce_add(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4, policy);
+          reduce_add(sum + part * FLOATS, shared_address(s.dq), FLOATS * 4);
         bulk_commit();
         if (part + 1 == C::DQ_PARTS) break;
         bulk_wait_read<0>();

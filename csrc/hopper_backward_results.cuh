@@ -5,6 +5,12 @@
 namespace sbk {
 namespace hopper_backward {
 
+// x = rows keys^T, q k^T or dout v^T, over all columns.
+template <class C, int COUNT> SBK_FN void multiply_by_keys(float (&x)[COUNT], uint64 rows, uint64 keys) {
+#pragma unroll
+  for (int i = 0; i < C::HEAD_DIM / 16; i++)
+    wgmma_step<typename C::T, ALONG_K, ALONG_K>(x, rows + along_k(i, C::Q_SLAB_BYTES), keys + along_k(i, C::K_SLAB_BYTES), i);
+}
 // dq = dz k, of a step: all of a half's dz and columns of k.
 template <class C, int COUNT> SBK_FN void multiply_dq(float (&dq)[COUNT], uint64 dz_rows, uint64 k_columns) {
   wgmma_fence();
@@ -37,8 +43,7 @@ template <class C> SBK_FN void convert_dq(const HopperBackwardParams& p, const B
   using T = typename C::T;
   constexpr int PIECES = C::DQ_COLUMNS / 8;
   const Thread thread(threadIdx.x % 128);
-  const int group = p.given.shape.group, width = p.given.shape.head_dim, all = query_blocks(work.at);
-  const int end = work.tile == newest_tile<C::BLOCK_N>(work.at, all) ? all : first_block<C::BLOCK_N>(work.at, work.tile + 1);
+  const int group = p.given.shape.group, width = p.given.shape.head_dim, end = blocks_end<C::BLOCK_N>(work.at, work.tile);
   const float scale = p.given.shape.scale;
 #pragma unroll 1
   for (int i = 0; i < group * (end - work.first_block) * C::DQ_PARTS; i++) {
@@ -49,7 +54,7 @@ template <class C> SBK_FN void convert_dq(const HopperBackwardParams& p, const B
     const float4* sums = reinterpret_cast<const float4*>(p.dq_sum + ((int64)index * 2 * C::DQ_PARTS + slice) * C::DQ_FLOATS) + threadIdx.x % 128;
     float4 x[PIECES];
 #pragma unroll
-    for (int j = 0; j < PIECES; j++) x[j] = load_done_with(sums + j * 128);
+    for (int j = 0; j < PIECES; j++) x[j] = __ldcg(sums + j * 128);
     Sequence at = work.at;
     at.head = at.head * group + head;
     const int64 row = block * C::BLOCK_M + (int)thread.row;
@@ -64,53 +69,47 @@ template <class C> SBK_FN void convert_dq(const HopperBackwardParams& p, const B
   }
 }
 
-// Accumulator of 64 keys times scale, rounded, to a tile of keys, of all columns or, WIDE, the half's; `stored`: see Thread.
-template <class C, int COUNT> SBK_FN void stage_sums(unsigned tile, int half, unsigned stored, const float (&x)[COUNT], float scale) {
-#pragma unroll
-  for (int i = 0; i < COUNT / 8; i++) {
-    unsigned packed[4];
-#pragma unroll
-    for (int y = 0; y < 4; y++) packed[y] = pack<typename C::T>(x[8 * i + 2 * y] * scale, x[8 * i + 2 * y + 1] * scale);
-    const int column = C::WIDE ? C::own_column(half, 2 * i) : 2 * i;
-    store_matrices(tile + column / 8 * C::K_SLAB_BYTES + (stored ^ column % 8 << 4), packed);
+// dk or dv of 64 keys times scale, rounded, to a tile of them in shared memory: all columns or, WIDE, the half's.
+template <class C, int COUNT> SBK_FN void stage_sum(unsigned tile, int half, const float (&x)[COUNT], float scale) {
+  store_accumulator<typename C::T>(tile, C::K_SLAB_BYTES, matrix_place(threadIdx.x % 128), x, scale,
+                                   [&](int i) { return C::WIDE ? C::own_column(half, 2 * i) : 2 * i; });
+}
+// dk or, `of_values`, dv of the half's keys from there to global memory, part of the first thread's bulk group. By a warpgroup.
+template <class C> SBK_FN void copy_sum(const HopperBackwardParams& p, const Work& work, unsigned tile, int half, bool of_values) {
+  const int first = work.tile * C::BLOCK_N + half * C::HALF_N;
+  if (first + C::HALF_N > work.at.N) {
+    using T = typename C::T;
+    const Tensor& x = of_values ? p.given.dv : p.given.dk;
+    const Rows<T> rows = {rows_of<T>(x, work.at, 1), x.stride_row, work.at.N, of_values ? p.given.shape.value_dim : p.given.shape.head_dim, first};
+    store_pieces<C::HALF_N, C::SLABS, KeyOrder<C::HALF_N>, 128>(tile, C::K_SLAB_BYTES, rows, threadIdx.x % 128);
+  } else if (threadIdx.x % 128 == 0) {
+    store_keys<C::SLABS>(of_values ? p.dv : p.dk, tile, C::K_SLAB_BYTES, work.at.batch, work.at.head, (int)work.at.token + first);
   }
+  bulk_commit();
+}
+// Until copies have read what they copy.
+SBK_FN void await_copies(int half) {
+  bulk_wait_read<0>();
+  named_sync(OLDER_HALF + half, 128);
 }
 
-// dk and dv of the half's keys, through its rows of v, which only its own products read, and of k, which both halves' do; with sums apart
-// all products are done. WIDE: of the half's columns, which both halves' products read.
+// dv and dk through the tile's v and k, whose products are all done; WIDE: of the half's columns, which both halves' products read.
 template <class C, int COUNT>
 SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& work, int stage, int half, const float (&dk)[COUNT],
                        const float (&dv)[COUNT]) {
-  const int of_half = C::WIDE ? 0 : half * C::HALF_BYTES;
-  const unsigned stored = Thread(threadIdx.x % 128).stored, v_tile = shared_address(s.v[stage]), k_tile = shared_address(s.k[stage]);
+  const unsigned v_tile = shared_address(s.v[stage]), k_tile = shared_address(s.k[stage]), own = half * C::HALF_BYTES, staged = C::WIDE ? 0 : own;
   if (C::WIDE) named_sync(BOTH_HALVES, 256);
-  stage_sums<C>(v_tile + of_half, half, stored, dv, 1.f);
-  if (!C::SUMS_APART && !C::WIDE) named_sync(BOTH_HALVES, 256);  // both are done with k
-  stage_sums<C>(k_tile + of_half, half, stored, dk, p.given.shape.scale);
+  stage_sum<C>(v_tile + staged, half, dv, 1.f);
+  stage_sum<C>(k_tile + staged, half, dk, p.given.shape.scale);
   fence_async_shared();
   if (C::WIDE)
     named_sync(BOTH_HALVES, 256);
   else
     named_sync(OLDER_HALF + half, 128);
-  const unsigned dv_tile = v_tile + half * C::HALF_BYTES, dk_tile = k_tile + half * C::HALF_BYTES;
-  const Sequence at = work.at;
-  const int first = work.tile * C::BLOCK_N + half * C::HALF_N;
 #pragma unroll 1
-  for (int i = 0; i < 2; i++) {  // dv, dk
-    const unsigned from = i ? dk_tile : dv_tile;
-    if (first + C::HALF_N > at.N) {
-      using T = typename C::T;
-      const Tensor& x = i ? p.given.dk : p.given.dv;
-      const Rows<T> rows = {rows_of<T>(x, at, 1), x.stride_row, at.N, i ? p.given.shape.head_dim : p.given.shape.value_dim, first};
-      store_pieces<C::HALF_N, C::SLABS, KeyOrder<C::HALF_N>>(from, C::K_SLAB_BYTES, rows, threadIdx.x % 128);
-    } else if (threadIdx.x % 128 == 0) {
-      store_keys<C::SLABS>(i ? p.dk : p.dv, from, C::K_SLAB_BYTES, at.batch, at.head, (int)at.token + first);
-    }
-  }
-  bulk_commit();
-  bulk_wait_read<0>();
-  if (!C::SUMS_APART && threadIdx.x % 128 == 0) s.done[half] = work;
-  named_sync(OLDER_HALF + half, 128);
+  for (int i = 0; i < 2; i++) copy_sum<C>(p, work, (i ? k_tile : v_tile) + own, half, i == 0);
+  if (C::WIDE && threadIdx.x % 128 == 0) s.done[half] = work;
+  await_copies(half);
 }
 
 // dk and dv of a tile that nobody visits, by a warp.

@@ -38,8 +38,8 @@ namespace hopper_backward {
 // Barriers: FULL when something is there to be read, EMPTY when its place may be written again.
 enum BarrierName {
   WORK_FULL, WORK_EMPTY = WORK_FULL + 2,                                              // by place
-  K_FULL = WORK_EMPTY + 2, V_FULL = K_FULL + 2, KEYS_EMPTY = V_FULL + 2,              // by stage
-  Q_FULL = KEYS_EMPTY + 2, Q_EMPTY = Q_FULL + 4, DOUT_FULL = Q_EMPTY + 4, DOUT_EMPTY = DOUT_FULL + 4,  // by stage
+  K_FULL = WORK_EMPTY + 2, V_FULL = K_FULL + 2, K_EMPTY = V_FULL + 2, V_EMPTY = K_EMPTY + 2,  // by stage
+  Q_FULL = V_EMPTY + 2, Q_EMPTY = Q_FULL + 4, DOUT_FULL = Q_EMPTY + 4, DOUT_EMPTY = DOUT_FULL + 4,  // by stage
   A_FULL = DOUT_EMPTY + 4, A_EMPTY = A_FULL + 2, DZ_FULL = A_EMPTY + 2, DZ_EMPTY = DZ_FULL + 2,        // by stage; of A with sums apart
   DQ_FULL = DZ_EMPTY + 2, DQ_EMPTY,
   STATE_FULL, STATE_EMPTY = STATE_FULL + 4,                                           // by slot
@@ -172,11 +172,9 @@ SBK_FN unsigned kept_address(unsigned x) { return __shfl_sync(ALL_LANES, x, 0); 
 // What follows from a thread's number in its warpgroup.
 struct Thread {
   unsigned lane, q, row;  // in the warp, in its quad; the first of its two rows
-  unsigned stored;   // its place for store_matrices: row lane % 16 of the warp's, and there the piece lane / 16, swizzled. 16 columns on
-                     // are 32 bytes, added without carry
+  unsigned stored;        // its place for store_matrices
   SBK_FN explicit Thread(unsigned number)
-      : lane(number % 32), q(number % 4), row(number / 32 * 16 + lane / 4),
-        stored((number / 32 * 16 + lane % 16) * SLAB_ROW_BYTES + ((lane / 16 ^ lane % 8) << 4)) {}
+      : lane(number % 32), q(number % 4), row(number / 32 * 16 + lane / 4), stored(matrix_place(number)) {}
 };
 
 }  // namespace hopper_backward

@@ -56,7 +56,8 @@ template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& 
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       store_sums(p, s, s.work[t % 2], key_stage, half, dk[half], dv[half]);
-      barriers.arrive(KEYS_EMPTY + key_stage, threadIdx.x % 128 == 0);
+      barriers.arrive(K_EMPTY + key_stage, threadIdx.x % 128 == 0);
+      barriers.arrive(V_EMPTY + key_stage, threadIdx.x % 128 == 0);
     }
     barriers.arrive(WORK_EMPTY + t % 2, arrives(threadIdx.x % 32));
   }

@@ -12,7 +12,7 @@ namespace hopper_backward {
 template <class C> SBK_FN void consume_wide(const HopperBackwardParams& p, Shared<C>& s, int half) {
   using T = typename C::T;
   using Here = Shared<C>;
-  constexpr int D = C::HEAD_DIM, OWN = D / 2, PARTS = C::DQ_PARTS;
+  constexpr int OWN = C::HEAD_DIM / 2, PARTS = C::DQ_PARTS;
   static_assert(C::WIDE && C::KEY_STAGES == 1 && C::STAGES == 2 && C::A_STAGES == 1 && C::DZ_STAGES == 1);
   const unsigned base = kept_address(shared_address(&s));
   const unsigned q_tile = base + offsetof(Here, q), dout_tile = base + offsetof(Here, dout), k_tile = base + offsetof(Here, k);
@@ -63,9 +63,7 @@ template <class C> SBK_FN void consume_wide(const HopperBackwardParams& p, Share
       // s = q k^T, then of the last step (before the second: of what is there, and thrown away) dk and dq's first part.
       barriers.wait(Q_FULL + stage, parity);
       wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < D / 16; i++)
-        wgmma_step<T, ALONG_K, ALONG_K>(e, q_rows + stage * Q_STAGE + along_k(i, C::Q_SLAB_BYTES), k_rows + along_k(i, C::K_SLAB_BYTES), i);
+      multiply_by_keys<C>(e, q_rows + stage * Q_STAGE, k_rows);
       wgmma_commit();
       barriers.wait(DZ_FULL, single_parity ^ 1);
       wgmma_fence();
@@ -86,9 +84,7 @@ template <class C> SBK_FN void consume_wide(const HopperBackwardParams& p, Share
       if (PARTS == 1) barriers.arrive(DZ_EMPTY, arriving && n > 0);
       barriers.wait(DOUT_FULL + dout_stage, dout_parity);
       wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < D / 16; i++)
-        wgmma_step<T, ALONG_K, ALONG_K>(dA, dout_rows + dout_stage * Q_STAGE + along_k(i, C::Q_SLAB_BYTES), v_rows + along_k(i, C::K_SLAB_BYTES), i);
+      multiply_by_keys<C>(dA, dout_rows + dout_stage * Q_STAGE, v_rows);
       wgmma_commit();
       if constexpr (PARTS == 2) multiply_part(1);
       const Exchange<C> exchange(barriers, base, half, g, thread);
@@ -152,7 +148,8 @@ template <class C> SBK_FN void consume_wide(const HopperBackwardParams& p, Share
     barriers.arrive(DZ_EMPTY, arrives(lane));
     if (t > 0) convert_dq<C>(p, barriers, s.done[half], half);
     store_sums(p, s, s.work[t % 2], 0, half, dk, dv);
-    barriers.arrive(KEYS_EMPTY, threadIdx.x % 128 == 0);
+    barriers.arrive(K_EMPTY, threadIdx.x % 128 == 0);
+    barriers.arrive(V_EMPTY, threadIdx.x % 128 == 0);
     __syncwarp();
     barriers.arrive(WORK_EMPTY + t % 2, arrives(lane));
   }

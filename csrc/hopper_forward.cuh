@@ -1,8 +1,8 @@
 // Forward of stick-breaking attention on compute capability 9.0: equations (1) to (5), as forward.cuh, whose row step it shares.
 //
 //     grid    as many blocks as multiprocessors, each taking one query block after the other, longest first within a group of heads
-//     roles   one warp loads: q of this query block and the next, and tiles of k and v in permuted key order into STAGES of shared
-//             memory; CONSUMERS warpgroups of 64 query rows compute
+//     roles   one warp loads: q of Q_STAGES query blocks, and tiles of k and v in permuted key order into STAGES of shared memory;
+//             CONSUMERS warpgroups of 64 query rows compute, and store their output through q's place
 //     k, v    tiles of BLOCK_N keys from key 0 on; rows beyond M and N, and columns beyond D and Dv up to BLOCK_D, enter as zeros
 //     out     [M, Dv] of those rows and columns
 //
@@ -31,7 +31,7 @@ template <class C> SBK_FN Work work_of(const HopperForwardParams& p, int index) 
 template <class C> SBK_FN void load_tiles(const HopperForwardParams& p, HopperForwardShared<C>& shared, int works, int lane) {
   using T = typename C::T;
   const Shape& shape = p.forward.shape;
-  Ring<2> blocks;
+  Ring<C::Q_STAGES> blocks;
   Ring<C::STAGES> keys, values;
   auto load_tile = [&](unsigned char* tile, const MappedKeys& mapped, const Tensor& x, int width, const Sequence& at, Barrier& full, int n_tile) {
     const int first = n_tile * C::BLOCK_N;
@@ -115,9 +115,9 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   using Output = Wgmma<T, C::BLOCK_D>;
   const Shape& shape = p.forward.shape;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
-  const int warp_row = consumer * 64 + warp * 16, my_row = warp_row + lane / 4;
+  const int warp_row = consumer * 64 + warp * WARP_ROWS, my_row = warp_row + lane / 4;
   const float scale_log2 = shape.scale * LOG2_E;
-  Ring<2> blocks;
+  Ring<C::Q_STAGES> blocks;
   Ring<C::STAGES> keys, values;
   // Turns: barrier 1 + i is consumer i's, and starts with the first.
   auto take_turn = [&] { named_sync(1 + consumer, 256); };
@@ -131,22 +131,25 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   unsigned weights[1][C::NT / 2][4];
   ForwardRow rows[1][2];
   int first_end, tile;
-  bool k_ready = false;
+  bool k_ready = false, storing = false;
 
   // The next query block, if there is one, and its newest tile.
   auto enter = [&] {
     barrier_wait(shared_address(&shared.q_full[blocks.stage]), blocks.parity, WAIT_LIMIT);
     const Work& work = shared.work[blocks.stage];
     first_end = same(work.first_end);
-    const int tiles_seen = same(work.tiles_seen), rows_left = work.at.M - work.m_begin;
-#pragma unroll
-    for (int h = 0; h < 2; h++) rows[0][h] = {my_row + h * 8 < rows_left ? Run::WHOLE : Run::NONE, Run::WHOLE, tiles_seen};
-    tile = tiles_seen - 1;
-    return tiles_seen > 0;
+    tile = same(work.tiles_seen) - 1;
+    return tile >= 0;
   };
-  // What is known of a query block once its last tile is weighed; then the next one's turn comes.
-  auto leave = [&] {
+  auto begin_rows = [&] {
     const Work& work = shared.work[blocks.stage];
+    const int rows_left = work.at.M - work.m_begin;
+#pragma unroll
+    for (int h = 0; h < 2; h++) rows[0][h] = {my_row + h * 8 < rows_left ? Run::WHOLE : Run::NONE, Run::WHOLE, tile + 1};
+  };
+  // What is known of the query block before.
+  auto end_rows = [&] {
+    const Work& work = shared.work[blocks.before().stage];
     const int64 statistic = statistic_of(shape, work.at) + work.m_begin;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -157,18 +160,34 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
         if (p.forward.oldest_tile != nullptr) p.forward.oldest_tile[statistic + row] = rows[0][h].oldest_tile;
       }
     }
-    blocks.advance();
   };
-  // The output of the block before.
+  // The output of the block before, through this warp's rows of its q: since the last product with them there was a turn.
   auto store = [&] {
-    const Work& work = shared.work[blocks.stage ^ 1];
-    const Tensor& target = p.forward.out;
-    const int rows_left = work.at.M - work.m_begin;
-    store_rows(rows_of<T>(target, work.at, 1) + work.m_begin * target.stride_row, target.stride_row,
-               reinterpret_cast<float(&)[1][C::BLOCK_D / 8][4]>(out), shape.value_dim, 1, lane,
-               [&](int row) { return warp_row + row < rows_left ? warp_row + row : -1; });
+    const int stage = blocks.before().stage;
+    const Work& work = shared.work[stage];
+    const unsigned q_tile = shared_address(shared.q[stage]), tile = q_tile + warp_row * SLAB_ROW_BYTES;
+    const int first = work.m_begin + warp_row;
+    store_accumulator<T>(q_tile + consumer * 64 * SLAB_ROW_BYTES, C::Q_SLAB, matrix_place(threadIdx.x % 128), out, 1.f, [](int i) { return 2 * i; });
+    fence_async_shared();
     __syncwarp();
-    release(shared.q_empty[blocks.stage ^ 1]);
+    if (shape.cu_seqlens != nullptr && first + WARP_ROWS > work.at.M) {  // else the map knows the last row
+      const Rows<T> rows = {rows_of<T>(p.forward.out, work.at, 1), p.forward.out.stride_row, work.at.M, shape.value_dim, first};
+      store_pieces<WARP_ROWS, C::SLABS, NaturalOrder, 32>(tile, C::Q_SLAB, rows, lane);
+    } else if (lane == 0) {
+#pragma unroll
+      for (int slab = 0; slab < C::SLABS; slab++)
+        store_box(tile + slab * C::Q_SLAB, &p.out, slab * SLAB_COLUMNS, (int)work.at.token + first, work.at.head, work.at.batch);
+    }
+    bulk_commit();
+    storing = true;
+  };
+  // As soon as it is read from there, which is awaited behind the products that begin the next step.
+  auto release_q = [&] {
+    if (!storing) return;
+    storing = false;
+    bulk_wait_read<0>();
+    __syncwarp();
+    release(shared.q_empty[blocks.before().stage]);
   };
   auto await_keys = [&] {
     if (!k_ready) barrier_wait(shared_address(&shared.k_full[keys.stage]), keys.parity, WAIT_LIMIT);
@@ -223,6 +242,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
     await_keys();
     wgmma_fence();
     start_logits();
+    begin_rows();
     wgmma_wait<0>();
     leave_keys();
     weigh_tile();
@@ -246,16 +266,22 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
         }
       }
       if (ended) {
-        leave();
+        release_q();
+        blocks.advance();
         if (!enter()) break;
       }
       await_keys();
       const bool v_ready = barrier_test(shared_address(&shared.v_full[values.stage]), values.parity);
       wgmma_fence();
       start_logits();
+      if (ended) {
+        end_rows();
+        begin_rows();
+      }
       if (!v_ready) barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
       wgmma_fence();
       start_output(first);
+      release_q();
       wgmma_wait<1>();
       leave_keys();
       weigh_tile();
@@ -272,12 +298,14 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
     }
 
     // The last one's output.
+    end_rows();
     barrier_wait(shared_address(&shared.v_full[values.stage]), values.parity, WAIT_LIMIT);
     wgmma_fence();
     start_output(first);
     wgmma_wait<0>();
     release(shared.v_empty[values.stage]);
     store();
+    release_q();
   }
   if (consumer == 0) take_turn();
 }
@@ -292,7 +320,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) hopper_forward_kernel(const __g
   const int role = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);  // NOTE: so that the compiler knows it to be uniform
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < C::Q_STAGES; i++) {
       barrier_init(shared_address(&shared.q_full[i]), 1);
       barrier_init(shared_address(&shared.q_empty[i]), 4 * C::CONSUMERS * WARP_ARRIVALS);
     }

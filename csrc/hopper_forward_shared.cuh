@@ -27,6 +27,8 @@ template <int R> struct HopperRun : LinearRun<R> {
 template <typename T_, int BLOCK_D_, int CONSUMERS_, int NUM_STAGES_> struct HopperForwardConfig {
   using T = T_;
   static constexpr int BLOCK_D = BLOCK_D_, CONSUMERS = CONSUMERS_, STAGES = NUM_STAGES_;
+  // Of q. NOTE: with two, the place of the next one's is free only when the output of the one before has left it, in this one's second step.
+  static constexpr int Q_STAGES = BLOCK_D > 128 ? 2 : 3;
   // Whether a tile's values take the place of its keys once those are done with. NOTE: beside 128 KB of q there is room for three tiles
   // of 32 KB. Two of keys and one of values would leave a copy of values only the time of the next tile's q k.
   static constexpr bool ONE_PLACE = BLOCK_D > 192;
@@ -60,11 +62,11 @@ template <class C> struct Tiles<C, true> {
 };
 
 template <class C> struct HopperForwardShared {
-  alignas(SWIZZLE_BYTES) unsigned char q[2][C::Q_BYTES];
+  alignas(SWIZZLE_BYTES) unsigned char q[C::Q_STAGES][C::Q_BYTES];
   Tiles<C> tiles;
-  Barrier q_full[2], q_empty[2];
+  Barrier q_full[C::Q_STAGES], q_empty[C::Q_STAGES];
   Barrier k_full[C::STAGES], k_empty[C::STAGES], v_full[C::STAGES], v_empty[C::STAGES];
-  Work work[2];                         // the query blocks in q; one that sees no tiles: the end
+  Work work[C::Q_STAGES];               // the query blocks in q; one that sees no tiles: the end
   int stop[C::STAGES];                  // whether the stage of k holds no tile but the end of an early stop
   int used_up[4 * C::CONSUMERS];        // by warp: 1 + the work in which its rows have used up their sticks; read at any time
 };

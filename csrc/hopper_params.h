@@ -4,7 +4,7 @@
 
 namespace sbk {
 
-// An encoded CUtensorMap. Of rows: [width, rows, heads, batch], in boxes of 64 columns.
+// An encoded CUtensorMap. Of rows: [width, rows, heads, batch], in boxes 64 columns wide.
 struct alignas(128) TensorMap {
   unsigned char opaque[128];
 };
@@ -15,8 +15,10 @@ struct MappedKeys {
   int batch_rows, batch_slices;  // what a batch entry is further on; a head is a slice
 };
 
+constexpr int WARP_ROWS = 16;  // of a product's 64
+
 struct HopperForwardParams {
-  TensorMap q;
+  TensorMap q, out;
   MappedKeys k, v;
   ForwardParams forward;
   int head_group;  // heads whose blocks are worked on side by side, so that their keys and values stay in the L2 cache
@@ -47,7 +49,8 @@ struct HopperBackwardParams {
   TensorMap q, dout;
   MappedKeys k, v, dk, dv;  // see hopper_backward.cuh
   HopperBackwardArguments given;  // oldest_carry, oldest_tile: of the kernel's tiles
-  float* dq_sum;      // [blocks, 1 or, of 256 columns, 2, 2, 64 rows, half the columns]: q's gradient before scaling, in the order of the products' registers
+  float* dq_sum;      // [blocks, 1 or, of 256 columns, 2, 2, 64 rows, half the columns]: q's gradient before scaling, in the order of the
+                      // products' registers
   float* state;       // [blocks, 64, 2]: per row, the carry on entry of the last tile done, and dr r + sum of a over the tiles done
   int* oldest_tile;   // [blocks, 64]: as given; of rows beyond the last, beyond the last tile
   int* block_oldest;  // [blocks]: oldest tile a block visits
@@ -56,7 +59,6 @@ struct HopperBackwardParams {
   int* ticket;
   int head_blocks;      // of a head, of all its packed sequences
   int heads_per_group;  // key heads whose tiles are taken in turns
-  float dq_kept;        // what part of dq_sum is to stay in the L2 cache
   float scale_log2;     // scale * log2(e)
 };
 

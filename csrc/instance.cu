@@ -43,8 +43,6 @@ template <int BLOCK_D, int BLOCK_M, int ROWS, int NUM_WARPS, int NUM_STAGES, int
 #ifdef SBK_SM90A  // defined where sm_90a is among the architectures
 [[maybe_unused]] constexpr int64 L2_BUDGET = 24 << 20;  // bytes of keys and values that blocks side by side should share
 [[maybe_unused]] constexpr int CHAIN_COLUMNS = 4096;    // of the query heads whose tiles are taken in turns, so that few tiles wait for the one before
-// Bytes of their sums of dq that are to stay in the L2 cache: the tiles sweep over more than it holds, so that else nothing would.
-[[maybe_unused]] constexpr int64 CHAIN_KEPT = 32 << 20;
 
 // Heads whose keys and values fit, at least one.
 [[maybe_unused]] int heads_side_by_side(const Shape& shape) { return int(L2_BUDGET / (int64(shape.keys) * (shape.head_dim + shape.value_dim) * sizeof(T))) + 1; }
@@ -56,6 +54,7 @@ template <class C> Clear prepare_hopper_forward(const void* packed, void* params
   const bool packed_rows = shape.cu_seqlens != nullptr;
   const int B = packed_rows ? 1 : shape.batch, Hk = shape.heads / shape.group, N = packed_rows ? shape.stat_rows : shape.keys;
   made.q = map_rows("q", p.q, IS_HALF, B, shape.heads, packed_rows ? N : shape.queries, shape.head_dim, C::BLOCK_M);
+  made.out = map_rows("out", p.out, IS_HALF, B, shape.heads, packed_rows ? N : shape.queries, shape.value_dim, WARP_ROWS);
   made.k = map_keys("k", p.k, IS_HALF, B, Hk, N, shape.head_dim, C::BLOCK_N, packed_rows);
   made.v = map_keys("v", p.v, IS_HALF, B, Hk, N, shape.value_dim, C::BLOCK_N, packed_rows);
   made.head_group = heads_side_by_side(shape);
@@ -96,8 +95,6 @@ template <int BLOCK_D, bool MAPS> Clear prepare_hopper_backward(const void* pack
   made.dq_turn = reinterpret_cast<int*>(scratch + at.dq_turn);
   made.ticket = reinterpret_cast<int*>(scratch + at.ticket);
   made.heads_per_group = CHAIN_COLUMNS / BLOCK_D / shape.group > 0 ? CHAIN_COLUMNS / BLOCK_D / shape.group : 1;
-  const float sums = float(made.heads_per_group) * shape.group * made.head_blocks * HOPPER_BLOCK_M * BLOCK_D * sizeof(float);
-  made.dq_kept = sums < CHAIN_KEPT ? 1.f : CHAIN_KEPT / sums;
   made.scale_log2 = shape.scale * LOG2_E;
   return {nullptr, 0};
 }

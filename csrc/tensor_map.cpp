@@ -53,10 +53,9 @@ TensorMap map_rows(const char* name, const Tensor& x, bool is_half, int batch, i
 }
 
 // NOTE: a map has 5 dimensions, and the key order takes 4. Batch entries and heads share the fifth, or batch entries follow each
-// other along the rows; where neither holds there are no whole blocks, or there would be a copy (sbkernels/backends/hopper.py).
+// other along the rows; where neither holds there would be a copy (sbkernels/backends/hopper.py).
 MappedKeys map_keys(const char* name, const Tensor& x, bool is_half, int batch, int heads, int rows, int width, int block, bool packed) {
   MappedKeys made;
-  if (rows < block) return made;
   const bool in_slices = batch == 1 || heads == 1 || x.stride_b == heads * x.stride_h;
   if (!in_slices && x.stride_b != rows * x.stride_row)
     throw std::invalid_argument(std::string(name) + ": strides of batch entries and heads that one dimension cannot say");
