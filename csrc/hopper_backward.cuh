@@ -169,7 +169,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 
         // dz.
         barriers.wait_unless(dz_free, DZ_EMPTY + out, out_parity ^ 1);
-        store_dz<T>(e, dA, older, dz_tiles + (out * 2 + half) * C::HALF_BYTES, stored);
+        store_dz<T, !ANY_EXACT>(e, dA, older, dz_tiles + (out * 2 + half) * C::HALF_BYTES, stored);
         if constexpr (!C::SUMS_APART) dz_ready = g < 1 || barriers.ready(DZ_FULL + (out ^ 1), (g - 1) / C::DZ_STAGES % 2);
         q_ready = barriers.ready(Q_FULL + (g + 1) % C::STAGES, (g + 1) / C::STAGES % 2);
         written(DZ_FULL + out, arriving);

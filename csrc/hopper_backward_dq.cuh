@@ -79,7 +79,9 @@ hopper_backward_end_kernel(const __grid_constant__ HopperBackwardParams p) {
   __shared__ uint4 tile[HOPPER_BLOCK_M][PIECES + 1];               // a piece more, so that rows fall on different banks
   const int half = threadIdx.x / 128, thread = threadIdx.x % 128;  // as in the kernel that left the sums
   const int row = thread / 32 * 16 + thread % 32 / 4, q = thread % 4;
-  const QueryBlock block(p, blockIdx.x);
+  const Shape& shape = p.given.shape;
+  // The latest sums first: they are still in the L2 cache.
+  const QueryBlock block(p, shape.batch * shape.heads * ceil_div(shape.queries, HOPPER_BLOCK_M) - 1 - blockIdx.x);
   if (!block.there) return;
 
   // Take the sums apart.

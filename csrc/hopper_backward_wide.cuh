@@ -120,7 +120,7 @@ template <class C> SBK_FN void consume_wide(const HopperBackwardParams& p, Share
         add_product<C>(dv, A_columns, dout_columns + dout_stage * Q_STAGE, n > 0);
         wgmma_commit();
         barriers.wait(DZ_EMPTY, single_parity ^ 1);
-        store_dz<T>(e, dA, older, dz_tile, stored ^ half << 6);
+        store_dz<T, !ANY_EXACT>(e, dA, older, dz_tile, stored ^ half << 6);
         written(DZ_FULL, arriving);
         wgmma_wait<0>();  // dv
         barriers.arrive(DOUT_EMPTY + dout_stage, arriving);
