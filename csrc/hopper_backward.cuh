@@ -76,7 +76,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     const uint64 keys = key_stage * further(C::K_BYTES);  // what this tile's k and v are further on
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
     const int steps = __shfl_sync(ALL_LANES, s.work[t % 2].steps, 0);
-    if (!C::SUMS_APART && t > 0 && steps == 0 && half == 0) convert_dq<C>(p, barriers, s, t - 1, half);
+    if (!C::SUMS_APART && t > 0 && steps == 0 && half == 0) convert_dq<C>(p, barriers, s, 0, t - 1, half);
     if (steps == 0) break;
     barriers.wait(K_FULL + key_stage, key_parity);
     barriers.wait(V_FULL + key_stage, key_parity);
@@ -213,7 +213,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       store(dv, 1.f, true);
       if (steps > 1) hand_over(g - 2);
       if (half == 0) {  // it is ahead of the other one, whose dz of the last step it would wait for
-        if (t > 0) convert_dq<C>(p, barriers, s, t - 1, half);
+        if (t > 0) convert_dq<C>(p, barriers, s, 0, t - 1, half);
         if (first_thread) s.done = work;
       }
       multiply(g - 1);

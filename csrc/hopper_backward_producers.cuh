@@ -231,7 +231,7 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
     __syncwarp();
   }, [&](const Work& work) {
     pass_on(work, 1);
-    if constexpr (!C::SUMS_APART) barriers.arrive(SUMMED + work.number % 2, arrives(lane));
+    barriers.arrive(SUMMED + work.number % 2, arrives(lane));
   });
 }
 

@@ -41,14 +41,14 @@ template <class C, int COUNT> SBK_FN void stage_sum(unsigned tile, int half, con
   store_accumulator<typename C::T>(tile, C::K_SLAB_BYTES, matrix_place(threadIdx.x % 128), x, scale,
                                    [&](int i) { return C::WIDE ? C::own_column(half, 2 * i) : 2 * i; });
 }
-// dq, out of its sums, of the blocks whose newest tile was `done`, the t-th, through v's place. By one half or, WIDE, by both.
-// NOTE: a tile later, when the sums have long been added up and are still in the L2 cache. With sums apart, which would do it, that held
-// the chain up by more than a kernel of its own takes (hopper_backward_end_kernel).
-template <class C> SBK_FN void convert_dq(const HopperBackwardParams& p, const Barriers& barriers, Shared<C>& s, int t, int half) {
+// dq, out of its sums, of the blocks whose newest tile was `done`, the t-th, through a tile of v whose products are all done. By a
+// warpgroup (half 0) or, WIDE, by both consumers. A tile later, when the sums have been added up and are still in the L2 cache.
+template <class C>
+SBK_FN void convert_dq(const HopperBackwardParams& p, const Barriers& barriers, Shared<C>& s, int stage, int t, int half) {
   using T = typename C::T;
   constexpr int COUNT = C::HEAD_DIM / (C::WIDE ? 4 : 2), PIECES = C::DQ_COLUMNS / 8;
   const Work& work = s.done;
-  const unsigned tile = shared_address(s.v[0]);
+  const unsigned tile = shared_address(s.v[stage]);
   const int group = p.given.shape.group, end = blocks_end<C::BLOCK_N>(work.at, work.tile), thread = threadIdx.x % 128;
   auto meet = [] { named_sync(C::WIDE ? BOTH_HALVES : OLDER_HALF, C::WIDE ? 256 : 128); };
   barriers.wait(SUMMED + t % 2, t / 2 % 2);
@@ -73,7 +73,7 @@ template <class C> SBK_FN void convert_dq(const HopperBackwardParams& p, const B
     if (p.given.shape.cu_seqlens != nullptr && first + C::BLOCK_M > at.M) {  // else the map knows the last row
       const Rows<T> rows = {rows_of<T>(p.given.dq, at, 1), p.given.dq.stride_row, at.M, p.given.shape.head_dim, first};
       if (half == 0) store_pieces<C::BLOCK_M, C::SLABS, NaturalOrder, 128>(tile, C::K_SLAB_BYTES, rows, thread);
-    } else if (threadIdx.x == 0) {
+    } else if (half == 0 && thread == 0) {
 #pragma unroll
       for (int slab = 0; slab < C::SLABS; slab++)
         store_box(tile + slab * C::K_SLAB_BYTES, &p.dq, slab * SLAB_COLUMNS, (int)at.token + first, at.head, at.batch);
