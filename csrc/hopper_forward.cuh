@@ -131,7 +131,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   unsigned weights[1][C::NT / 2][4];
   ForwardRow rows[1][2];
   int first_end, tile;
-  bool k_ready = false, pending = false, storing = false;  // pending: an output not yet stored
+  bool k_ready = false, storing = false;
 
   // The next query block, if there is one, and its newest tile.
   auto enter = [&] {
@@ -179,10 +179,9 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
         store_box(tile + slab * C::Q_SLAB, &p.out, slab * SLAB_COLUMNS, (int)work.at.token + first, work.at.head, work.at.batch);
     }
     bulk_commit();
-    pending = false;
     storing = true;
   };
-  // As soon as it is read from there.
+  // As soon as it is read from there, which is awaited behind the products that begin the next step.
   auto release_q = [&] {
     if (!storing) return;
     storing = false;
@@ -267,7 +266,6 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
         }
       }
       if (ended) {
-        if (pending) store();  // a query block of one tile
         release_q();
         blocks.advance();
         if (!enter()) break;
@@ -276,7 +274,6 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       const bool v_ready = barrier_test(shared_address(&shared.v_full[values.stage]), values.parity);
       wgmma_fence();
       start_logits();
-      if (pending) store();
       if (ended) {
         end_rows();
         begin_rows();
@@ -296,7 +293,8 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       else
         values.advance();
       to_operand<T>(weights, s_rows);
-      first = pending = ended;
+      if (ended) store();
+      first = ended;
     }
 
     // The last one's output.
