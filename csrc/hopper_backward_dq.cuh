@@ -71,4 +71,38 @@ hopper_backward_begin_kernel(const __grid_constant__ HopperBackwardParams p) {
   if (lane == 0) p.block_oldest[block.index] = p.state_turn[block.index] = p.dq_turn[block.index] = oldest;
 }
 
+// Grid: as many blocks.
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(HOPPER_EDGE_THREADS)
+hopper_backward_end_kernel(const __grid_constant__ HopperBackwardParams p) {
+  constexpr int PIECES = HEAD_DIM / 8, HALF_PIECES = HOPPER_BLOCK_M * HEAD_DIM / 8;  // 16 bytes: in a row, in half a block's sums
+  __shared__ uint4 tile[HOPPER_BLOCK_M][PIECES + 1];               // a piece more, so that rows fall on different banks
+  const int half = threadIdx.x / 128, thread = threadIdx.x % 128;  // as in the kernel that left the sums
+  const int row = thread / 32 * 16 + thread % 32 / 4, q = thread % 4;
+  const QueryBlock block(p, blockIdx.x);
+  if (!block.there) return;
+
+  // Take the sums apart.
+  const float4* sums = reinterpret_cast<const float4*>(p.dq_sum) + ((int64)block.index * 2 + half) * HALF_PIECES + thread;
+#pragma unroll
+  for (int j = 0; j < HEAD_DIM / 16; j++) {
+    const float4 x = sums[j * 128];
+    const int piece = half * (PIECES / 2) + j;
+    reinterpret_cast<unsigned*>(&tile[row][piece])[q] = pack<T>(x.x * p.given.shape.scale, x.y * p.given.shape.scale);
+    reinterpret_cast<unsigned*>(&tile[row + 8][piece])[q] = pack<T>(x.z * p.given.shape.scale, x.w * p.given.shape.scale);
+  }
+  __syncthreads();
+
+  // Store rows.
+  const Tensor& target = p.given.dq;
+  T* dq = rows_of<T>(target, block.at, 1);
+#pragma unroll
+  for (int i = threadIdx.x; i < HOPPER_BLOCK_M * PIECES; i += HOPPER_EDGE_THREADS) {
+    const int64 at = block.first_row + i / PIECES;
+    const int column = i % PIECES * 8;
+    if (at < block.at.M && column < p.given.shape.head_dim)
+      *reinterpret_cast<uint4*>(dq + at * target.stride_row + column) = tile[i / PIECES][i % PIECES];
+  }
+}
+
 }  // namespace sbk
