@@ -229,7 +229,10 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
       }
     }
     __syncwarp();
-  }, [&](const Work& work) { pass_on(work, 1); });
+  }, [&](const Work& work) {
+    pass_on(work, 1);
+    barriers.arrive(SUMMED + work.number % 2, arrives(lane));
+  });
 }
 
 }  // namespace hopper_backward
