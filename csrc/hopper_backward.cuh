@@ -76,7 +76,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     const uint64 keys = key_stage * further(C::K_BYTES);  // what this tile's k and v are further on
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
     const int steps = __shfl_sync(ALL_LANES, s.work[t % 2].steps, 0);
-    if (!C::SUMS_APART && t > 0 && steps == 0 && half == 0) convert_dq<C>(p, barriers, s, 0, t - 1, half);
+    if (!C::SUMS_APART && t > 0 && steps == 0) convert_dq<C>(p, barriers, s.done[half], half);
     if (steps == 0) break;
     barriers.wait(K_FULL + key_stage, key_parity);
     barriers.wait(V_FULL + key_stage, key_parity);
@@ -169,7 +169,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
 
         // dz.
         barriers.wait_unless(dz_free, DZ_EMPTY + out, out_parity ^ 1);
-        store_dz<T, !ANY_EXACT>(e, dA, older, dz_tiles + (out * 2 + half) * C::HALF_BYTES, stored);
+        store_dz<T>(e, dA, older, dz_tiles + (out * 2 + half) * C::HALF_BYTES, stored);
         if constexpr (!C::SUMS_APART) dz_ready = g < 1 || barriers.ready(DZ_FULL + (out ^ 1), (g - 1) / C::DZ_STAGES % 2);
         q_ready = barriers.ready(Q_FULL + (g + 1) % C::STAGES, (g + 1) / C::STAGES % 2);
         written(DZ_FULL + out, arriving);
@@ -212,10 +212,6 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       multiply(g - 2);  // of a tile with one step: of what is there, and thrown away
       store(dv, 1.f, true);
       if (steps > 1) hand_over(g - 2);
-      if (half == 0) {  // it is ahead of the other one, whose dz of the last step it would wait for
-        if (t > 0) convert_dq<C>(p, barriers, s, 0, t - 1, half);
-        if (first_thread) s.done = work;
-      }
       multiply(g - 1);
       await_copies(half);
       barriers.arrive(K_EMPTY, first_thread);
@@ -223,6 +219,10 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       hand_over(g - 1);
       await_copies(half);
       barriers.arrive(V_EMPTY, first_thread);
+      if (t > 0) convert_dq<C>(p, barriers, s.done[half], half);
+      named_sync(OLDER_HALF + half, 128);
+      if (first_thread) s.done[half] = work;
+      named_sync(OLDER_HALF + half, 128);
     }
     __syncwarp();
     barriers.arrive(WORK_EMPTY + t % 2, arrives(threadIdx.x % 32));

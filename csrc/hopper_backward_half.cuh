@@ -73,9 +73,8 @@ template <int COUNT> SBK_FN void take_older(const float (&e)[COUNT], float (&a)[
     sum[j % 2] += now;
   }
 }
-// dz, rounded, to its place, out of that and `older`, the sums of a over the older runs. IN_PAIRS: a reciprocal for two keys, whose product
-// of 1 + e has to be a number.
-template <typename T, bool IN_PAIRS, int COUNT>
+// dz, rounded, to its place, out of that and `older`, the sums of a over the older runs.
+template <typename T, int COUNT>
 SBK_FN void store_dz(const float (&e)[COUNT], const float (&a)[COUNT], const float (&older)[2], unsigned tile, unsigned stored) {
 #pragma unroll
   for (int i = 0; i < COUNT / 8; i++) {
@@ -84,13 +83,7 @@ SBK_FN void store_dz(const float (&e)[COUNT], const float (&a)[COUNT], const flo
     for (int y = 0; y < 4; y++) {
       const int at = 8 * i + 2 * (y % 2) + 4 * (y / 2);
       const float first = fmaf(-e[at], older[y % 2], a[at]), second = fmaf(-e[at + 1], older[y % 2], a[at + 1]);
-      const float u0 = 1.f + e[at], u1 = 1.f + e[at + 1];
-      if constexpr (IN_PAIRS) {
-        const float both = rcp(u0 * u1);
-        packed[y] = pack<T>(first * (both * u1), second * (both * u0));
-      } else {
-        packed[y] = pack<T>(first * rcp(u0), second * rcp(u1));
-      }
+      packed[y] = pack<T>(first * rcp(1.f + e[at]), second * rcp(1.f + e[at + 1]));
     }
     store_matrices(tile + (stored ^ i << 5), packed);
   }

@@ -229,10 +229,7 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
       }
     }
     __syncwarp();
-  }, [&](const Work& work) {
-    pass_on(work, 1);
-    barriers.arrive(SUMMED + work.number % 2, arrives(lane));
-  });
+  }, [&](const Work& work) { pass_on(work, 1); });
 }
 
 }  // namespace hopper_backward

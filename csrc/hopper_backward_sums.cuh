@@ -21,7 +21,6 @@ template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& 
     const int key_stage = t % C::KEY_STAGES;
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
     const int steps = __shfl_sync(ALL_LANES, s.work[t % 2].steps, 0);
-    if (t > 0 && steps == 0) convert_dq<C>(p, barriers, s, 0, t - 1, 0);
     if (steps == 0) break;
 #pragma unroll 1
     for (int n = 0; n < steps; n++, g++) {
@@ -54,8 +53,6 @@ template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& 
       barriers.arrive(DZ_EMPTY + out, arriving);
       barriers.arrive(Q_EMPTY + stage, arriving);
     }
-    if (t > 0) convert_dq<C>(p, barriers, s, key_stage, t - 1, 0);
-    if (threadIdx.x % 128 == 0) s.done = s.work[t % 2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       store_sums(p, s, s.work[t % 2], key_stage, half, dk[half], dv[half]);

@@ -51,7 +51,7 @@ template <class C> SBK_FN void consume_wide(const HopperBackwardParams& p, Share
   for (int t = 0;; t++) {
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
     const int steps = __shfl_sync(ALL_LANES, s.work[t % 2].steps, 0);
-    if (t > 0 && steps == 0) convert_dq<C>(p, barriers, s, 0, t - 1, half);
+    if (t > 0 && steps == 0) convert_dq<C>(p, barriers, s.done[half], half);
     if (steps == 0) break;
     barriers.wait(K_FULL, t % 2);
     barriers.wait(V_FULL, t % 2);
@@ -120,7 +120,7 @@ template <class C> SBK_FN void consume_wide(const HopperBackwardParams& p, Share
         add_product<C>(dv, A_columns, dout_columns + dout_stage * Q_STAGE, n > 0);
         wgmma_commit();
         barriers.wait(DZ_EMPTY, single_parity ^ 1);
-        store_dz<T, !ANY_EXACT>(e, dA, older, dz_tile, stored ^ half << 6);
+        store_dz<T>(e, dA, older, dz_tile, stored ^ half << 6);
         written(DZ_FULL, arriving);
         wgmma_wait<0>();  // dv
         barriers.arrive(DOUT_EMPTY + dout_stage, arriving);
@@ -146,8 +146,7 @@ template <class C> SBK_FN void consume_wide(const HopperBackwardParams& p, Share
       hand_over(1, lane, true);
     }
     barriers.arrive(DZ_EMPTY, arrives(lane));
-    if (t > 0) convert_dq<C>(p, barriers, s, 0, t - 1, half);
-    if (threadIdx.x == 0) s.done = s.work[t % 2];
+    if (t > 0) convert_dq<C>(p, barriers, s.done[half], half);
     store_sums(p, s, s.work[t % 2], 0, half, dk, dv);
     barriers.arrive(K_EMPTY, threadIdx.x % 128 == 0);
     barriers.arrive(V_EMPTY, threadIdx.x % 128 == 0);

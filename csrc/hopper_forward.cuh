@@ -131,8 +131,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   unsigned weights[1][C::NT / 2][4];
   ForwardRow rows[1][2];
   int first_end, tile;
-  bool idle = false;
-  bool k_ready = false, pending = false, storing = false;  // pending: an output not yet stored
+  bool k_ready = false, storing = false;
 
   // The next query block, if there is one, and its newest tile.
   auto enter = [&] {
@@ -145,7 +144,6 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
   auto begin_rows = [&] {
     const Work& work = shared.work[blocks.stage];
     const int rows_left = work.at.M - work.m_begin;
-    idle = false;
 #pragma unroll
     for (int h = 0; h < 2; h++) rows[0][h] = {my_row + h * 8 < rows_left ? Run::WHOLE : Run::NONE, Run::WHOLE, tile + 1};
   };
@@ -181,10 +179,9 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
         store_box(tile + slab * C::Q_SLAB, &p.out, slab * SLAB_COLUMNS, (int)work.at.token + first, work.at.head, work.at.batch);
     }
     bulk_commit();
-    pending = false;
     storing = true;
   };
-  // As soon as it is read from there.
+  // As soon as it is read from there, which is awaited behind the products that begin the next step.
   auto release_q = [&] {
     if (!storing) return;
     storing = false;
@@ -224,12 +221,6 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
     Run runs[1][2];
     const int visible = first_end + my_row - tile * C::BLOCK_N - q * C::RUN;
     take_turn();
-    if (idle) {
-#pragma unroll
-      for (int i = 0; i < C::BLOCK_N / 2; i++) s[i] = 0.f;
-      pass_turn();
-      return;
-    }
     if (tile >= first_end / C::BLOCK_N)
       absorb<true>(runs, s_rows, scale_log2, visible);
     else
@@ -240,8 +231,7 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       // NOTE: a warp whose rows have all used up their sticks takes what is left of them away: tiles that still come until the loader
       // knows would else change results, and how many do is a matter of time.
       const bool used_up = Run::stick(rows[0][0].carry) < shape.skip_below && Run::stick(rows[0][1].carry) < shape.skip_below;  // not NaN
-      idle = __all_sync(ALL_LANES, used_up);
-      if (idle) {
+      if (__all_sync(ALL_LANES, used_up)) {
         rows[0][0].carry = rows[0][1].carry = Run::NONE;
         if (lane == 0) atomicExch(&shared.used_up[consumer * 4 + warp], shared.work[blocks.stage].index + 1);
       }
@@ -276,7 +266,6 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
         }
       }
       if (ended) {
-        if (pending) store();  // a query block of one tile
         release_q();
         blocks.advance();
         if (!enter()) break;
@@ -285,7 +274,6 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       const bool v_ready = barrier_test(shared_address(&shared.v_full[values.stage]), values.parity);
       wgmma_fence();
       start_logits();
-      if (pending) store();
       if (ended) {
         end_rows();
         begin_rows();
@@ -305,7 +293,8 @@ template <class C> SBK_FN void attend(const HopperForwardParams& p, HopperForwar
       else
         values.advance();
       to_operand<T>(weights, s_rows);
-      first = pending = ended;
+      if (ended) store();
+      first = ended;
     }
 
     // The last one's output.
