@@ -75,8 +75,8 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
     const int key_stage = t % C::KEY_STAGES, key_parity = t / C::KEY_STAGES % 2;
     const uint64 keys = key_stage * further(C::K_BYTES);  // what this tile's k and v are further on
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
-    const int steps = __shfl_sync(ALL_LANES, s.work[t % 2].steps, 0);
-    if (!C::SUMS_APART && t > 0 && steps == 0) convert_dq<C>(p, barriers, s.done[half], half);
+    const int steps = __shfl_sync(ALL_LANES, s.work[t % 4].steps, 0);
+    if (!C::SUMS_APART && t > 0 && steps == 0 && half == 0) convert_dq<C>(p, barriers, s, 0, s.work[(t + 3) % 4], half);
     if (steps == 0) break;
     barriers.wait(K_FULL + key_stage, key_parity);
     barriers.wait(V_FULL + key_stage, key_parity);
@@ -190,7 +190,7 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       // dq of the last two steps, there is at least one; and dv and dk, while the warp that adds dq is busy: both through the half's rows of
       // v, which only its own products read, so that the next tile's k can come as soon as dq is done with this one's.
       static_assert(C::KEY_STAGES == 1);
-      const Work& work = s.work[t % 2];
+      const Work& work = s.work[t % 4];
       const unsigned own_tile = v_tile + half * C::HALF_BYTES;
       const bool first_thread = threadIdx.x % 128 == 0;
       float dq[D / 4];
@@ -212,6 +212,8 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       multiply(g - 2);  // of a tile with one step: of what is there, and thrown away
       store(dv, 1.f, true);
       if (steps > 1) hand_over(g - 2);
+      // By the half that is ahead of the other one, whose dz of the last step it would wait for.
+      if (half == 0 && t > 0) convert_dq<C>(p, barriers, s, 0, s.work[(t + 3) % 4], half);
       multiply(g - 1);
       await_copies(half);
       barriers.arrive(K_EMPTY, first_thread);
@@ -219,10 +221,6 @@ template <class C> SBK_FN void consume(const HopperBackwardParams& p, Shared<C>&
       hand_over(g - 1);
       await_copies(half);
       barriers.arrive(V_EMPTY, first_thread);
-      if (t > 0) convert_dq<C>(p, barriers, s.done[half], half);
-      named_sync(OLDER_HALF + half, 128);
-      if (first_thread) s.done[half] = work;
-      named_sync(OLDER_HALF + half, 128);
     }
     __syncwarp();
     barriers.arrive(WORK_EMPTY + t % 2, arrives(threadIdx.x % 32));

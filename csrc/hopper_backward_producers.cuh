@@ -57,7 +57,7 @@ template <class C> SBK_FN void load_rows(const HopperBackwardParams& p, Shared<C
     __syncwarp();
     barriers.wait(WORK_EMPTY + work.number % 2, work.number / 2 % 2 ^ 1);
     take_tile<C>(p, work, lane);
-    if (lane == 0) s.work[work.number % 2] = work;
+    if (lane == 0) s.work[work.number % 4] = work;
     barriers.arrive(WORK_FULL + work.number % 2, lane == 0);
     if (__shfl_sync(ALL_LANES, work.steps, 0) == 0) break;
     auto load_tile = [&](const MappedKeys& mapped, const Tensor& x, int width, char* tile, int barrier) {
@@ -126,7 +126,7 @@ SBK_FN void each_step(const HopperBackwardParams& p, Shared<C>& s, int lane, Ste
   int g = 0;
   for (int t = 0;; t++) {
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
-    const Work& work = s.work[t % 2];
+    const Work& work = s.work[t % 4];
     const int end = g + __shfl_sync(ALL_LANES, work.steps, 0);
     if (end == g) break;
     VisitingBlocks blocks(p, work);
@@ -229,7 +229,10 @@ template <class C> SBK_FN void add_dq(const HopperBackwardParams& p, Shared<C>& 
       }
     }
     __syncwarp();
-  }, [&](const Work& work) { pass_on(work, 1); });
+  }, [&](const Work& work) {
+    pass_on(work, 1);
+    barriers.arrive(SUMMED + work.number % 2, arrives(lane));
+  });
 }
 
 }  // namespace hopper_backward

@@ -36,44 +36,53 @@ SBK_FN void hand_dq_over(const Barriers& barriers, unsigned to, const float (&dq
   barriers.arrive(DQ_FULL, arrives(lane));
 }
 
-// dq, out of its sums, of the blocks whose newest tile was `work`, by a warpgroup: what `half` of them computed.
-// NOTE: a tile later, when the sums have long been added up and are still in the L2 cache. With sums apart, which would do it, that held
-// the chain up by more than a kernel of its own takes (hopper_backward_end_kernel).
-template <class C> SBK_FN void convert_dq(const HopperBackwardParams& p, const Barriers& barriers, const Work& work, int half) {
-  using T = typename C::T;
-  constexpr int PIECES = C::DQ_COLUMNS / 8;
-  const Thread thread(threadIdx.x % 128);
-  const int group = p.given.shape.group, width = p.given.shape.head_dim, end = blocks_end<C::BLOCK_N>(work.at, work.tile);
-  const float scale = p.given.shape.scale;
-#pragma unroll 1
-  for (int i = 0; i < group * (end - work.first_block) * C::DQ_PARTS; i++) {
-    const int part = i % C::DQ_PARTS, head = i / C::DQ_PARTS % group, block = work.first_block + i / C::DQ_PARTS / group;
-    const int index = work.blocks + head * p.head_blocks + block, slice = part * 2 + half;
-    barriers.wait_for_turn(p.dq_turn + index, work.tile + 1, DQ_TURN);
-    __syncwarp();
-    const float4* sums = reinterpret_cast<const float4*>(p.dq_sum + ((int64)index * 2 * C::DQ_PARTS + slice) * C::DQ_FLOATS) + threadIdx.x % 128;
-    float4 x[PIECES];
-#pragma unroll
-    for (int j = 0; j < PIECES; j++) x[j] = __ldcg(sums + j * 128);
-    Sequence at = work.at;
-    at.head = at.head * group + head;
-    const int64 row = block * C::BLOCK_M + (int)thread.row;
-    T* to = rows_of<T>(p.given.dq, at, 1) + row * p.given.dq.stride_row;
-#pragma unroll
-    for (int j = 0; j < PIECES; j++) {
-      const int column = 8 * C::own_column(half, part * PIECES + j) + 2 * (int)thread.q;
-      if (column >= width) continue;
-      if (row < at.M) *reinterpret_cast<unsigned*>(to + column) = pack<T>(x[j].x * scale, x[j].y * scale);
-      if (row + 8 < at.M) *reinterpret_cast<unsigned*>(to + 8 * p.given.dq.stride_row + column) = pack<T>(x[j].z * scale, x[j].w * scale);
-    }
-  }
-}
-
-// dk or dv of 64 keys times scale, rounded, to a tile of them in shared memory: all columns or, WIDE, the half's.
+// dk or dv of 64 keys, or dq of a block, times scale, rounded, to a tile in shared memory: all columns or, WIDE, the half's.
 template <class C, int COUNT> SBK_FN void stage_sum(unsigned tile, int half, const float (&x)[COUNT], float scale) {
   store_accumulator<typename C::T>(tile, C::K_SLAB_BYTES, matrix_place(threadIdx.x % 128), x, scale,
                                    [&](int i) { return C::WIDE ? C::own_column(half, 2 * i) : 2 * i; });
 }
+// dq, out of its sums, of the blocks whose newest tile was `work`, through a tile of v whose products are all done. By a
+// warpgroup (half 0) or, WIDE, by both consumers. A tile later, when the sums have been added up and are still in the L2 cache.
+template <class C>
+SBK_FN void convert_dq(const HopperBackwardParams& p, const Barriers& barriers, Shared<C>& s, int stage, const Work& work, int half) {
+  using T = typename C::T;
+  constexpr int COUNT = C::HEAD_DIM / (C::WIDE ? 4 : 2), PIECES = C::DQ_COLUMNS / 8;
+  const unsigned tile = shared_address(s.v[stage]);
+  const int group = p.given.shape.group, end = blocks_end<C::BLOCK_N>(work.at, work.tile), thread = threadIdx.x % 128;
+  auto meet = [] { named_sync(C::WIDE ? BOTH_HALVES : OLDER_HALF, C::WIDE ? 256 : 128); };
+  barriers.wait(SUMMED + work.number % 2, work.number / 2 % 2);
+#pragma unroll 1
+  for (int i = 0; i < group * (end - work.first_block); i++) {
+    const int head = i % group, block = work.first_block + i / group, first = block * C::BLOCK_M;
+    const float* sums = p.dq_sum + (int64)(work.blocks + head * p.head_blocks + block) * (C::BLOCK_M * C::HEAD_DIM);
+    float x[COUNT];
+#pragma unroll
+    for (int j = 0; j < COUNT / 4; j++) {
+      const int slice = C::WIDE ? j / PIECES * 2 + half : j / PIECES;
+      const float4 y = __ldcg(reinterpret_cast<const float4*>(sums + slice * C::DQ_FLOATS) + j % PIECES * 128 + thread);
+      x[4 * j] = y.x, x[4 * j + 1] = y.y, x[4 * j + 2] = y.z, x[4 * j + 3] = y.w;
+    }
+    bulk_wait_read<0>();  // of what was there before
+    meet();
+    stage_sum<C>(tile, half, x, p.given.shape.scale);
+    fence_async_shared();
+    meet();
+    Sequence at = work.at;
+    at.head = at.head * group + head;
+    if (p.given.shape.cu_seqlens != nullptr && first + C::BLOCK_M > at.M) {  // else the map knows the last row
+      const Rows<T> rows = {rows_of<T>(p.given.dq, at, 1), p.given.dq.stride_row, at.M, p.given.shape.head_dim, first};
+      if (half == 0) store_pieces<C::BLOCK_M, C::SLABS, NaturalOrder, 128>(tile, C::K_SLAB_BYTES, rows, thread);
+    } else if (half == 0 && thread == 0) {
+#pragma unroll
+      for (int slab = 0; slab < C::SLABS; slab++)
+        store_box(tile + slab * C::K_SLAB_BYTES, &p.dq, slab * SLAB_COLUMNS, (int)at.token + first, at.head, at.batch);
+    }
+    bulk_commit();
+  }
+  bulk_wait_read<0>();
+  meet();
+}
+
 // dk or, `of_values`, dv of the half's keys from there to global memory, part of the first thread's bulk group. By a warpgroup.
 template <class C> SBK_FN void copy_sum(const HopperBackwardParams& p, const Work& work, unsigned tile, int half, bool of_values) {
   const int first = work.tile * C::BLOCK_N + half * C::HALF_N;
@@ -108,7 +117,6 @@ SBK_FN void store_sums(const HopperBackwardParams& p, Shared<C>& s, const Work& 
     named_sync(OLDER_HALF + half, 128);
 #pragma unroll 1
   for (int i = 0; i < 2; i++) copy_sum<C>(p, work, (i ? k_tile : v_tile) + own, half, i == 0);
-  if (C::WIDE && threadIdx.x % 128 == 0) s.done[half] = work;
   await_copies(half);
 }
 

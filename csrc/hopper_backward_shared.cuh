@@ -1,7 +1,7 @@
 // Backward on Hopper: what the warps of hopper_backward.cuh share: shared memory, barriers, and who is where.
 #pragma once
 #include "hopper.cuh"
-#include "hopper_backward_dq.cuh"
+#include "hopper_backward_begin.cuh"
 
 namespace sbk {
 
@@ -41,8 +41,8 @@ enum BarrierName {
   K_FULL = WORK_EMPTY + 2, V_FULL = K_FULL + 2, K_EMPTY = V_FULL + 2, V_EMPTY = K_EMPTY + 2,  // by stage
   Q_FULL = V_EMPTY + 2, Q_EMPTY = Q_FULL + 4, DOUT_FULL = Q_EMPTY + 4, DOUT_EMPTY = DOUT_FULL + 4,  // by stage
   A_FULL = DOUT_EMPTY + 4, A_EMPTY = A_FULL + 2, DZ_FULL = A_EMPTY + 2, DZ_EMPTY = DZ_FULL + 2,        // by stage; of A with sums apart
-  DQ_FULL = DZ_EMPTY + 2, DQ_EMPTY,
-  STATE_FULL, STATE_EMPTY = STATE_FULL + 4,                                           // by slot
+  DQ_FULL = DZ_EMPTY + 2, DQ_EMPTY, SUMMED,                                           // SUMMED: a tile's dq, added up; by place
+  STATE_FULL = SUMMED + 2, STATE_EMPTY = STATE_FULL + 4,                              // by slot
   EXCESS_FULL = STATE_EMPTY + 4,                                                      // by half, slot
   SUM_FULL = EXCESS_FULL + 8, NEXT_FULL = SUM_FULL + 4, NEXT_EMPTY = NEXT_FULL + 4,   // by slot
   BARRIERS = NEXT_EMPTY + 4,
@@ -54,7 +54,7 @@ template <class C> SBK_FN int arrivals_of(int barrier) {
   const bool by_both_halves = (by_sums && !C::SUMS_APART) || within(A_FULL, A_EMPTY) || within(DZ_FULL, DZ_EMPTY) || barrier == DQ_FULL ||
                               within(STATE_EMPTY, EXCESS_FULL);
   const bool by_one_half = by_sums || within(EXCESS_FULL, NEXT_EMPTY);
-  const bool by_a_warp = within(STATE_FULL, STATE_EMPTY) || barrier >= NEXT_EMPTY;
+  const bool by_a_warp = within(SUMMED, STATE_EMPTY) || barrier >= NEXT_EMPTY;
   if (by_both_halves || by_one_half || by_a_warp) return (by_both_halves ? 8 : by_one_half ? 4 : 1) * WARP_ARRIVALS;
   if (within(WORK_EMPTY, K_FULL)) return (C::WARPS - 1) * WARP_ARRIVALS;  // all but the one that loads
   return within(K_FULL, Q_FULL) ? 2 : 1;                                  // a thread for each half of the tile; one
@@ -84,8 +84,10 @@ template <class C> struct alignas(SWIZZLE_BYTES) Shared {
   Barrier barriers[BARRIERS];
   int patience, failed;    // directly behind the barriers; the last barrier whose wait was given up, plus 1
   int visible[C::STAGES];  // of the block whose q is there: keys of the tile that its first row sees, BLOCK_N or more for all
-  Work work[2];            // this tile's and the next one's; no steps: the end
-  Work done[2];            // [half]: the tile before, without sums apart
+  // By tile: this one's, the next one's, and the one's before, whose dq is converted; no steps: the end.
+  // NOTE: copied by a consumer's thread instead, in a branch of its own, it cost 10 % of the kernel: behind such a branch ptxas keeps what
+  // descriptors of products are made of in each thread's registers, and takes four instructions to pass each one on (R2UR).
+  Work work[4];
   Work loading;            // the one whose rows are loaded ...
   Visit visits[2];         // ... and the blocks that visit it, by step
 };

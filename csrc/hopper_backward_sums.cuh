@@ -15,13 +15,14 @@ template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& 
   const uint64 A_columns = operand(base + offsetof(Here, weights), 0), dz_columns = operand(base + offsetof(Here, dz), 0);
   const uint64 k_columns = operand(base + offsetof(Here, k), C::K_SLAB_BYTES);
   float dk[2][D / 2], dv[2][D / 2];  // by half
-  int g = 0;                         // steps of all tiles so far
 #pragma unroll 1
   for (int t = 0;; t++) {
     const int key_stage = t % C::KEY_STAGES;
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
-    const int steps = __shfl_sync(ALL_LANES, s.work[t % 2].steps, 0);
+    const int steps = __shfl_sync(ALL_LANES, s.work[t % 4].steps, 0);
+    if (t > 0 && steps == 0) convert_dq<C>(p, barriers, s, 0, s.work[(t + 3) % 4], 0);
     if (steps == 0) break;
+    int g = __shfl_sync(ALL_LANES, s.work[t % 4].begin, 0);  // steps of all tiles so far
 #pragma unroll 1
     for (int n = 0; n < steps; n++, g++) {
       const int stage = g % C::STAGES, out = g % C::DZ_STAGES, parity = g / C::DZ_STAGES % 2, lane = threadIdx.x % 32;
@@ -53,9 +54,10 @@ template <class C> SBK_FN void add_up(const HopperBackwardParams& p, Shared<C>& 
       barriers.arrive(DZ_EMPTY + out, arriving);
       barriers.arrive(Q_EMPTY + stage, arriving);
     }
+    if (t > 0) convert_dq<C>(p, barriers, s, key_stage, s.work[(t + 3) % 4], 0);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      store_sums(p, s, s.work[t % 2], key_stage, half, dk[half], dv[half]);
+      store_sums(p, s, s.work[t % 4], key_stage, half, dk[half], dv[half]);
       barriers.arrive(K_EMPTY + key_stage, threadIdx.x % 128 == 0);
       barriers.arrive(V_EMPTY + key_stage, threadIdx.x % 128 == 0);
     }

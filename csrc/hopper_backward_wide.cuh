@@ -50,8 +50,8 @@ template <class C> SBK_FN void consume_wide(const HopperBackwardParams& p, Share
 #pragma unroll 1
   for (int t = 0;; t++) {
     barriers.wait(WORK_FULL + t % 2, t / 2 % 2);
-    const int steps = __shfl_sync(ALL_LANES, s.work[t % 2].steps, 0);
-    if (t > 0 && steps == 0) convert_dq<C>(p, barriers, s.done[half], half);
+    const int steps = __shfl_sync(ALL_LANES, s.work[t % 4].steps, 0);
+    if (t > 0 && steps == 0) convert_dq<C>(p, barriers, s, 0, s.work[(t + 3) % 4], half);
     if (steps == 0) break;
     barriers.wait(K_FULL, t % 2);
     barriers.wait(V_FULL, t % 2);
@@ -146,8 +146,8 @@ template <class C> SBK_FN void consume_wide(const HopperBackwardParams& p, Share
       hand_over(1, lane, true);
     }
     barriers.arrive(DZ_EMPTY, arrives(lane));
-    if (t > 0) convert_dq<C>(p, barriers, s.done[half], half);
-    store_sums(p, s, s.work[t % 2], 0, half, dk, dv);
+    if (t > 0) convert_dq<C>(p, barriers, s, 0, s.work[(t + 3) % 4], half);
+    store_sums(p, s, s.work[t % 4], 0, half, dk, dv);
     barriers.arrive(K_EMPTY, threadIdx.x % 128 == 0);
     barriers.arrive(V_EMPTY, threadIdx.x % 128 == 0);
     __syncwarp();

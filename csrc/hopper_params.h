@@ -46,7 +46,7 @@ constexpr int hopper_backward_keys(int head_dim) { return head_dim > 128 ? 64 : 
 // Of each head there are ceil(M / 64) blocks of 64 query rows, rows beyond the last included: those have no stick in any tile. Of packed
 // sequences each has blocks of its own: at most tokens / 64 and one a sequence.
 struct HopperBackwardParams {
-  TensorMap q, dout;
+  TensorMap q, dout, dq;
   MappedKeys k, v, dk, dv;  // see hopper_backward.cuh
   HopperBackwardArguments given;  // oldest_carry, oldest_tile: of the kernel's tiles
   float* dq_sum;      // [blocks, 1 or, of 256 columns, 2, 2, 64 rows, half the columns]: q's gradient before scaling, in the order of the

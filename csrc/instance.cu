@@ -78,6 +78,7 @@ template <int BLOCK_D, bool MAPS> Clear prepare_hopper_backward(const void* pack
     const int B = packed_rows ? 1 : shape.batch, M = packed_rows ? shape.stat_rows : shape.queries, N = packed_rows ? M : shape.keys;
     made.q = map_rows("q", p.q, IS_HALF, B, H, M, D, HOPPER_BLOCK_M);
     made.dout = map_rows("dout", p.dout, IS_HALF, B, H, M, Dv, HOPPER_BLOCK_M);
+    made.dq = map_rows("dq", p.dq, IS_HALF, B, H, M, D, HOPPER_BLOCK_M);
     made.k = map_keys("k", p.k, IS_HALF, B, Hk, N, D, hopper_backward_keys(BLOCK_D) / 2, packed_rows);
     made.v = map_keys("v", p.v, IS_HALF, B, Hk, N, Dv, hopper_backward_keys(BLOCK_D) / 2, packed_rows);
     made.dk = map_keys("dk", p.dk, IS_HALF, B, Hk, N, D, hopper_backward_keys(BLOCK_D) / 2, packed_rows);
@@ -102,13 +103,10 @@ template <int BLOCK_D, bool MAPS> Clear prepare_hopper_backward(const void* pack
 template <int BLOCK_D> void hopper_backward() {
   using C = HopperBackwardConfig<T, BLOCK_D>;
   constexpr int BYTES = sizeof(HopperBackwardArguments);
-  add("hopper_backward_begin", BLOCK_D, hopper_backward_begin_kernel<C::BLOCK_N>, HOPPER_EDGE_THREADS, 0, {}, BYTES,
+  add("hopper_backward_begin", BLOCK_D, hopper_backward_begin_kernel<C::BLOCK_N>, HOPPER_BEGIN_THREADS, 0, {}, BYTES,
       prepare_hopper_backward<BLOCK_D, false>);
   add("hopper_backward", BLOCK_D, hopper_backward_kernel<C>, C::THREADS, sizeof(hopper_backward::Shared<C>), {}, BYTES,
       prepare_hopper_backward<BLOCK_D, true>);
-  if constexpr (C::SUMS_APART)
-    add("hopper_backward_end", BLOCK_D, hopper_backward_end_kernel<T, BLOCK_D>, HOPPER_EDGE_THREADS, 0, {}, BYTES,
-        prepare_hopper_backward<BLOCK_D, false>);
 }
 #endif
 

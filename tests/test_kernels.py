@@ -181,19 +181,18 @@ def test_backwards_keep_to_the_workspace(on, monkeypatch, packed, workspace):
     cuts, statistic, asked = torch.tensor([0, 300, 300, 700, 701], dtype=torch.int32) if packed else None, torch.zeros(B, H, M), []
     arguments = (statistic, statistic, statistic, q, statistic, q, k, k)
     call = base.Call(p, q, k, k, 0.125, 0.0, cuts)
-    found = list(hopper.plan_backward(call, 128, True, lambda blocks: asked.append(blocks) or blocks, *arguments))
+    found = list(hopper.plan_backward(call, 128, lambda blocks: asked.append(blocks) or blocks, *arguments))
     a_head = 2 * (701 // 64 + 4) if packed else 2 * 7
     assert not packed or a_head >= 2 * sum(-(-n // 64) for n in (300, 0, 400, 1))
     assert a_head <= max(asked) <= max(workspace, a_head) and max(asked) % a_head == 0
 
     seen, sizes = [], []
-    for begin, chain, end in zip(found[::3], found[1::3], found[2::3], strict=True):
-        assert [x.kernel for x in (begin, chain, end)] == ["hopper_backward_begin", "hopper_backward", "hopper_backward_end"]
-        assert begin.params == chain.params == end.params
+    for begin, chain in zip(found[::2], found[1::2], strict=True):
+        assert [x.kernel for x in (begin, chain)] == ["hopper_backward_begin", "hopper_backward"] and begin.params == chain.params
         values = launches.HOPPER_BACKWARD_ARGUMENTS.unpack(chain.params)
         entries, heads, group = values[29:32]
-        assert group == 2 and chain.grid == min(entries * heads // 2 * 4, 100) and end.grid == entries * heads * 7
-        assert begin.grid == -(-end.grid // 8) and (packed or entries * heads // 2 * a_head <= max(asked))
+        assert group == 2 and chain.grid == min(entries * heads // 2 * 4, 100)
+        assert begin.grid == -(-entries * heads * 7 // 8) and (packed or entries * heads // 2 * a_head <= max(asked))
         at = [((address - x.data_ptr()) // 2 // (M * 64)) for address, x in zip(values[:28:4], (q, k, k, q, q, k, k), strict=True)]
         rows = [(address - statistic.data_ptr()) // 4 // M for address in values[-6:-2]]
         first = at[1]

@@ -40,7 +40,7 @@ INITCHECK = """\
 ========= COMPUTE-SANITIZER
 problem 5: Case(M=129, N=129, skip=True)
 ========= Uninitialized __global__ memory read of size 16 bytes
-=========     at void sbk::hopper_backward_end_kernel<sbk::bfloat, (int)64>(P)+0x110 in hopper_backward_dq.cuh:60
+=========     at void sbk::hopper_backward::convert_dq<C>(P)+0x110 in hopper_backward_results.cuh:60
 =========     by thread (66,0,0) in block (2,0,0)
 =========     Address 0x7f1430849620
 =========

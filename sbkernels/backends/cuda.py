@@ -31,8 +31,6 @@ INSTANCES = {
     for number, it in enumerate(_C.instances())
 }
 WIDTHS = sorted({key[2] for key in INSTANCES})
-# Those whose Hopper backward takes a kernel for dq in the end; in others the blocks of its chain convert dq.
-ENDING_WIDTHS = {key[2] for key in INSTANCES if key[0] == "hopper_backward_end"}
 
 
 class CudaBackend(KernelBackend):
@@ -94,7 +92,7 @@ class CudaBackend(KernelBackend):
         width = compiled_width(call.problem)
         block_n = _hopper_config(width, "forward").BLOCK_N
         scratch_bytes = functools.partial(_C.hopper_backward_scratch, head_dim=width)
-        for launch in hopper.plan_backward(call, block_n, width in ENDING_WIDTHS, scratch_bytes, *arguments):
+        for launch in hopper.plan_backward(call, block_n, scratch_bytes, *arguments):
             self.launch(self.kernel(call, launch.kernel, config), launch.grid, launch.params, call.q.device.index)
         return dq, dk, dv
 

@@ -69,13 +69,11 @@ def prepare_forward(call: Call, kernel, config: CudaForward, out) -> PreparedFor
     return PreparedForward(kernel, grid, *launches.pack_forward(mapped(call), out))
 
 
-def plan_backward(
-    call: Call, block_n: int, ends: bool, scratch_bytes, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv
-):
+def plan_backward(call: Call, block_n: int, scratch_bytes, remainder, oldest_carry, oldest_tile, dout, dremainder, dq, dk, dv):
     """The backward's launches, for as many batch entries, or key heads of one, at a time as the workspace has scratch for.
 
-    block_n: keys of a tile, the forward's. ends: whether dq takes a kernel in the end. scratch_bytes(blocks): what so many blocks
-    of BLOCK_M query rows take. At least a key head is taken.
+    block_n: keys of a tile, the forward's. scratch_bytes(blocks): what so many blocks of BLOCK_M query rows take. At least a key
+    head is taken.
     """
     problem, error = call.problem, error_flag(call.q.device)
     group, head_blocks = problem.group, ceil_div(problem.queries, BLOCK_M)
@@ -111,8 +109,6 @@ def plan_backward(
         blocks, tiles = part.batch * part.heads * head_blocks, part.batch * n * ceil_div(problem.keys, block_n)
         yield Launch("hopper_backward_begin", ceil_div(blocks, 8), packed)
         yield Launch("hopper_backward", min(tiles, launches.multiprocessors(problem.device)), packed)
-        if ends:
-            yield Launch("hopper_backward_end", blocks, packed)
 
 
 @functools.cache
